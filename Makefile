@@ -1,0 +1,67 @@
+# `make run` shows the main job, `make test` runs every test, `make check` is the quick loop. Each sets up what it needs.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+export PATH := $(BIN):$(PATH)
+# A folder with the CPU build of torch, if there is one; without it pip takes the (much larger) build of the registry.
+export PIP_FIND_LINKS := $(strip $(wildcard ../shared/wheels) $(PIP_FIND_LINKS))
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help
+help: ## Show this help
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+.PHONY: setup
+setup: $(VENV)/.installed ## Create .venv and install everything, at the versions of constraints.txt
+
+.PHONY: system
+system:
+	tests/support/install_system_packages
+
+.PHONY: run
+run: setup ## Fetch, verify, serve and stream a real model on this machine, then stop
+	$(BIN)/python examples/run_minilm.py
+
+.PHONY: check
+check: setup ## Format, lint, types, walls, generated files, unit tests (under 2 minutes)
+	ruff format --check .
+	ruff check .
+	mypy
+	lint-imports
+	$(BIN)/python -m pytest -q tests/unit
+
+.PHONY: format
+format: setup ## Rewrite the code in the project's format
+	ruff format .
+	ruff check --fix .
+
+.PHONY: proto
+proto: ## Generate the protobuf stubs
+	tests/support/generate_stubs weight_server
+
+.PHONY: test
+test: system check ## Everything once: checks, unit and integration tests with real servers
+	tests/support/generate_stubs --check weight_server
+	$(BIN)/python -m pytest tests/unit tests/integration -m 'not slow'
+
+.PHONY: test-all
+test-all: test ## Also soaks, fuzzing and kill matrices
+	$(BIN)/python -m pytest tests/unit tests/integration -m slow
+
+.PHONY: bench
+bench: setup ## Print the table of ratios and write build/bench.json
+	$(BIN)/python -m tests.bench
+
+.PHONY: clean
+clean: ## Remove what the other targets made
+	rm -rf $(VENV) build dist
