@@ -39,7 +39,7 @@ check: setup ## Format, lint, types, walls, generated files, unit tests (under 2
 	ruff format --check .
 	ruff check .
 	mypy
-	lint-imports
+	lint-imports --no-logo
 	tests/support/generate_stubs --check weight_server
 	$(BIN)/python -m pytest -q tests/unit -m 'not slow'
 

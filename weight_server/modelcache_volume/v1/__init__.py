@@ -1,0 +1,1 @@
+"""Stubs generated from manifest.proto by `make proto`."""

@@ -1,0 +1,1 @@
+"""Stubs generated from weights.proto by `make proto`."""
