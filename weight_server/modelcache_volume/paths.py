@@ -1,0 +1,85 @@
+"""Which names from a repo or bucket may become paths. Pure: nothing here touches a disk."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable
+
+from modelcache_volume.errors import InvalidPath
+
+MAX_COMPONENT_BYTES = 255
+MAX_PATH_BYTES = 1024
+
+_DRIVE = re.compile(r"[A-Za-z]:")
+
+
+def validate_path(path: str) -> str:
+    """Checks that a path from a repo or bucket stays inside its folder and can be stored anywhere.
+
+    Args:
+        path: Relative and "/"-separated, as the source spells it.
+
+    Returns:
+        The same path.
+
+    Raises:
+        InvalidPath: It is empty or absolute; has an empty, "." or ".." component, a backslash, a control character or a
+            drive letter; is not UTF-8; or is longer than 1024 bytes (a component: 255).
+    """
+    problem = _problem(path)
+    if problem:
+        raise InvalidPath(
+            f"{path[:200]!a} cannot be stored: {problem}. Rename it at the source, or leave it out by pattern."
+        )
+    return path
+
+
+def refuse_clashes(paths: Iterable[str]) -> None:
+    """Checks that all paths can exist side by side.
+
+    Args:
+        paths: Valid paths of one snapshot.
+
+    Raises:
+        InvalidPath: A path occurs twice, or one is a file while another needs it to be a folder ("a" and "a/b").
+    """
+    seen: set[str] = set()
+    folders: dict[str, str] = {}
+    for path in paths:
+        if path in seen:
+            raise InvalidPath(f"{path!r} occurs twice; every file of a snapshot needs a path of its own.")
+        seen.add(path)
+        end = path.rfind("/")
+        while end > 0 and path[:end] not in folders:
+            folders[path[:end]] = path
+            end = path.rfind("/", 0, end)
+    for path in seen & folders.keys():
+        raise InvalidPath(
+            f"{path!r} is a file, but {folders[path]!r} needs a folder of that name; leave one of them out by pattern."
+        )
+
+
+def _problem(path: str) -> str:
+    try:
+        encoded = path.encode()
+    except UnicodeEncodeError:
+        return "its name is not valid UTF-8"
+    if not path:
+        return "its name is empty"
+    if len(encoded) > MAX_PATH_BYTES:
+        return f"its name has {len(encoded)} bytes, more than {MAX_PATH_BYTES}"
+    if "\\" in path:
+        return "it contains a backslash"
+    if any(unicodedata.category(character) == "Cc" for character in path):
+        return "it contains a control character"
+    if path.startswith("/"):
+        return "it is an absolute path"
+    if _DRIVE.match(path):
+        return "it starts with a drive letter"
+    for component in path.split("/"):
+        if component in {"", ".", ".."}:
+            return f"it has the component {component!r}"
+        if len(component.encode()) > MAX_COMPONENT_BYTES:
+            return f"a component has more than {MAX_COMPONENT_BYTES} bytes"
+    return ""
