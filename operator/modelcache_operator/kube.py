@@ -1,0 +1,194 @@
+"""A raw Kubernetes client: dictionaries in and out, server-side apply, a bounded pool, deadlines, a call counter.
+
+kubernetes.aio brings configuration, TLS and token rotation; its models drop fields they do not know, so they are not
+used.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import aiohttp
+from kubernetes.aio import config
+from kubernetes.aio.client import ApiClient, Configuration
+
+from modelcache_operator.errors import ApiError, ApiUnreachable
+
+FIELD_MANAGER = "modelcache-operator"
+PAGE = 500
+"""Objects per page of a list."""
+
+Object = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Resource:
+    """Where a kind lives in the API."""
+
+    api_version: str
+    kind: str
+    plural: str
+
+    def path(self, namespace: str | None, name: str | None = None) -> str:
+        """The URL path of the collection or of one object; without a namespace, of all namespaces."""
+        root = f"/apis/{self.api_version}" if "/" in self.api_version else f"/api/{self.api_version}"
+        scope = f"/namespaces/{namespace}" if namespace else ""
+        return f"{root}{scope}/{self.plural}" + (f"/{name}" if name else "")
+
+
+MODEL_CACHES = Resource("modelcache.io/v1alpha1", "ModelCache", "modelcaches")
+JOBS = Resource("batch/v1", "Job", "jobs")
+DEPLOYMENTS = Resource("apps/v1", "Deployment", "deployments")
+SERVICES = Resource("v1", "Service", "services")
+CLAIMS = Resource("v1", "PersistentVolumeClaim", "persistentvolumeclaims")
+CONFIG_MAPS = Resource("v1", "ConfigMap", "configmaps")
+PODS = Resource("v1", "Pod", "pods")
+EVENTS = Resource("v1", "Event", "events")
+LEASES = Resource("coordination.k8s.io/v1", "Lease", "leases")
+RESOURCES = {r.kind: r for r in (MODEL_CACHES, JOBS, DEPLOYMENTS, SERVICES, CLAIMS, CONFIG_MAPS, PODS, EVENTS, LEASES)}
+
+
+async def load_configuration() -> Configuration:
+    """Configuration from the pod's service account, or from KUBECONFIG outside a cluster."""
+    configuration = Configuration()
+    try:
+        config.load_incluster_config(client_configuration=configuration)
+    except config.ConfigException:
+        await config.load_kube_config(client_configuration=configuration)
+    return configuration
+
+
+class Kube:
+    """The calls the operator makes; one instance per process, closed at the end.
+
+    Attributes:
+        calls: How often each (verb, plural) was called; what the tests and metrics read.
+    """
+
+    def __init__(self, configuration: Configuration, *, connections: int = 16, timeout: float = 30.0) -> None:
+        configuration.connection_pool_maxsize = connections
+        self._api = ApiClient(configuration)
+        self._timeout = aiohttp.ClientTimeout(total=timeout, sock_connect=min(timeout, 10.0))
+        self.calls: Counter[tuple[str, str]] = Counter()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._api.close()
+
+    async def get(self, resource: Resource, namespace: str | None, name: str) -> Object | None:
+        """Read one object; None if it does not exist."""
+        try:
+            return await self._call("get", resource.plural, "GET", resource.path(namespace, name))
+        except ApiError as error:
+            if error.status == 404:
+                return None
+            raise
+
+    async def list(
+        self, resource: Resource, namespace: str | None, *, labels: str = "", fields: str = ""
+    ) -> list[Object]:
+        """List objects, consistently, in pages; kind and apiVersion are filled in (lists leave them out)."""
+        query = {"limit": str(PAGE)}
+        if labels:
+            query["labelSelector"] = labels
+        if fields:
+            query["fieldSelector"] = fields
+        found: list[Object] = []
+        while True:
+            page = await self._call("list", resource.plural, "GET", resource.path(namespace), query)
+            for item in page.get("items") or []:
+                item.setdefault("apiVersion", resource.api_version)
+                item.setdefault("kind", resource.kind)
+                found.append(item)
+            if not (token := (page.get("metadata") or {}).get("continue")):
+                return found
+            query["continue"] = token
+
+    async def create(self, obj: Object) -> Object:
+        """Create an object; 409 AlreadyExists if the name is taken (an apply would adopt a stranger's)."""
+        resource = RESOURCES[obj["kind"]]
+        path = resource.path(obj["metadata"]["namespace"])
+        return await self._call("create", resource.plural, "POST", path, {"fieldManager": FIELD_MANAGER}, obj)
+
+    async def update(self, obj: Object) -> Object:
+        """Replace an object; 409 Conflict unless its resourceVersion is the current one."""
+        resource = RESOURCES[obj["kind"]]
+        path = resource.path(obj["metadata"]["namespace"], obj["metadata"]["name"])
+        return await self._call("update", resource.plural, "PUT", path, {"fieldManager": FIELD_MANAGER}, obj)
+
+    async def apply(self, obj: Object, *, subresource: str = "") -> Object:
+        """Server-side apply; creates the object if it is not there (a subresource: 404).
+
+        A resourceVersion in the metadata makes a stale apply fail with 409; a uid alone is not checked for subresources.
+        """
+        resource = RESOURCES[obj["kind"]]
+        path = resource.path(obj["metadata"]["namespace"], obj["metadata"]["name"])
+        verb = "apply"
+        if subresource:
+            path, verb = f"{path}/{subresource}", f"apply-{subresource}"
+        query = {"fieldManager": FIELD_MANAGER, "force": "true"}
+        return await self._call(verb, resource.plural, "PATCH", path, query, obj, "application/apply-patch+yaml")
+
+    async def delete(self, resource: Resource, namespace: str, name: str, *, uid: str) -> bool:
+        """Delete exactly the object with this uid, its dependants in the background.
+
+        Returns:
+            False if it was gone already, or if another object has taken the name.
+        """
+        options = {
+            "apiVersion": "v1",
+            "kind": "DeleteOptions",
+            "propagationPolicy": "Background",
+            "preconditions": {"uid": uid},
+        }
+        try:
+            await self._call("delete", resource.plural, "DELETE", resource.path(namespace, name), {}, options)
+        except ApiError as error:
+            if error.status in {404, 409}:
+                return False
+            raise
+        return True
+
+    async def read_path(self, path: str) -> Object:
+        """GET a non-resource path such as ``/openid/v1/jwks``."""
+        return await self._call("get", path, "GET", path)
+
+    async def _call(
+        self,
+        verb: str,
+        what: str,
+        method: str,
+        path: str,
+        query: Mapping[str, str] | None = None,
+        body: Object | None = None,
+        content_type: str = "application/json",
+    ) -> Object:
+        self.calls[verb, what] += 1
+        headers = {"Accept": "application/json", "Content-Type": content_type}
+        try:
+            # "BearerToken" makes the library re-read a projected token that was rotated.
+            request = await self._api.param_serialize(
+                method,
+                path,
+                query_params=list((query or {}).items()),
+                header_params=headers,
+                body=body,
+                auth_settings=["BearerToken"],
+            )
+            response = await self._api.call_api(*request, _request_timeout=self._timeout)
+            raw: bytes = await response.read()
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            raise ApiUnreachable(
+                f"{method} {path}: the API server does not answer ({type(error).__name__}: {error})"
+            ) from error
+        if response.status >= 400:
+            raise ApiError.from_response(response.status, raw, response.headers, f"{method} {path}")
+        decoded: Object = json.loads(raw)
+        return decoded
