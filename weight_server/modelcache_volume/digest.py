@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import crc32c
 
 from modelcache_volume.errors import ChecksumMismatch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
 
 BLOCK_BYTES = 4 * 2**20
 """Size of a block in bytes: the unit of cache, checksum and Redis entry."""
@@ -32,7 +34,7 @@ class ContentDigests:
 
 
 def snapshot_digest(files: Iterable[tuple[str, int, str]]) -> str:
-    """Digest of a snapshot's content.
+    r"""Digest of a snapshot's content.
 
     Args:
         files: (sha256 in lowercase hex, size in bytes, path) of each file, in any order.

@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from modelcache_volume.errors import NoSpace, VolumeError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 FILE_MODE = 0o644
 FOLDER_MODE = 0o755
@@ -71,17 +74,17 @@ def make_folder(folder: Path, mode: int = FOLDER_MODE) -> None:
         return
     make_folder(folder.parent)
     with suppress(FileExistsError):
-        os.mkdir(folder, mode)
+        folder.mkdir(mode)
         set_mode(folder, mode)
     fsync_folder(folder.parent)
 
 
 def set_mode(path: Path, mode: int) -> None:
     """Sets the permission bits and keeps the others: fsGroup sets setgid on folders."""
-    current = stat.S_IMODE(os.stat(path).st_mode)
+    current = stat.S_IMODE(path.stat().st_mode)
     wanted = current & ~0o777 | mode
     if current != wanted:
-        os.chmod(path, wanted)
+        path.chmod(wanted)
 
 
 def write_durably(path: Path, data: bytes, temporary: Path) -> None:
@@ -93,12 +96,12 @@ def write_durably(path: Path, data: bytes, temporary: Path) -> None:
         temporary: A path on the same file system that nobody else uses.
     """
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, FILE_MODE)
-    with open(descriptor, "wb") as file:
+    with os.fdopen(descriptor, "wb") as file:
         file.write(data)
         file.flush()
         os.fchmod(descriptor, FILE_MODE)
         os.fsync(descriptor)
-    os.rename(temporary, path)
+    temporary.rename(path)
     fsync_folder(path.parent)
 
 
@@ -113,7 +116,7 @@ def place_file(source: Path, target: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    os.rename(source, target)
+    source.rename(target)
 
 
 def place_link(link: Path, target: str, temporary: Path) -> bool:
@@ -125,16 +128,16 @@ def place_link(link: Path, target: str, temporary: Path) -> bool:
     if read_link(link) == target:
         return False
     with suppress(FileNotFoundError):
-        os.unlink(temporary)
-    os.symlink(target, temporary)
-    os.rename(temporary, link)
+        temporary.unlink()
+    temporary.symlink_to(target)
+    temporary.rename(link)
     return True
 
 
 def read_link(link: Path) -> str:
     """Where a symbolic link points to; "" when there is none."""
     try:
-        return os.readlink(link)
+        return str(link.readlink())
     except (FileNotFoundError, NotADirectoryError):
         return ""
     except OSError as error:
@@ -146,8 +149,8 @@ def read_link(link: Path) -> str:
 def remove_file(path: Path) -> int:
     """Removes a file or link, if it is there, and returns how many bytes it had."""
     try:
-        size = os.lstat(path).st_size
-        os.unlink(path)
+        size = path.lstat().st_size
+        path.unlink()
     except FileNotFoundError:
         return 0
     return size
@@ -156,22 +159,19 @@ def remove_file(path: Path) -> int:
 def remove_tree(folder: Path) -> None:
     """Removes a folder with all links and folders in it, if it is there; follows no link."""
     for parent, folders, files in os.walk(folder, topdown=False):
-        for name in files:
-            os.unlink(os.path.join(parent, name))
-        for name in folders:
-            path = os.path.join(parent, name)
-            if os.path.islink(path):
-                os.unlink(path)
+        for path in (Path(parent, name) for name in (*files, *folders)):
+            if path.is_dir() and not path.is_symlink():
+                path.rmdir()
             else:
-                os.rmdir(path)
+                path.unlink()
     with suppress(FileNotFoundError):
-        os.rmdir(folder)
+        folder.rmdir()
 
 
 def remove_if_empty(folder: Path) -> None:
     """Removes a folder that has nothing in it; any other stays."""
     try:
-        os.rmdir(folder)
+        folder.rmdir()
     except FileNotFoundError:
         pass
     except OSError as error:

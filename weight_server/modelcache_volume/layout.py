@@ -17,9 +17,12 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from modelcache_volume.errors import InvalidPath, SnapshotNotFound
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 FORMAT_VERSION = 1
 """Version of the layout and of the records that this package writes."""
@@ -121,6 +124,8 @@ class Layout:
 
     def part(self, folder: str, key: str) -> Path:
         """One partial file."""
+        if "." in key:
+            raise InvalidPath(f"{key[:100]!a} cannot be the key of a partial file: it has a dot.")
         return self.incoming(folder) / f"{validate_name(key, 'key of a partial file')}.part"
 
     def active(self, name: str) -> Path:
@@ -178,9 +183,24 @@ def bucket_name(repo_id: str) -> str:
     return name[:200] or "root"
 
 
+def is_digest(text: str) -> bool:
+    """Whether `text` is 64 lowercase hex digits."""
+    return _HEX64.fullmatch(text) is not None
+
+
+def is_name(text: str) -> bool:
+    """Whether `text` is one safe component of a path."""
+    return _NAME.fullmatch(text) is not None
+
+
+def is_source_folder(text: str) -> bool:
+    """Whether a name under hub/ is one that `source_folder` gives; Hugging Face's programs leave others there."""
+    return is_name(text) and text.startswith(("models--", "buckets--"))
+
+
 def validate_digest(digest: str) -> str:
     """Checks that `digest` is 64 lowercase hex digits, and returns it; else raises SnapshotNotFound."""
-    if not _HEX64.fullmatch(digest):
+    if not is_digest(digest):
         raise SnapshotNotFound(f"{digest[:100]!a} is not a digest: 64 lowercase hexadecimal digits are expected.")
     return digest
 
@@ -195,6 +215,6 @@ def validate_name(name: str, what: str) -> str:
     Raises:
         InvalidPath: It is not.
     """
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         raise InvalidPath(f"{name[:100]!a} cannot be a {what}: use letters, digits, '.', '_' and '-', at most 200.")
     return name

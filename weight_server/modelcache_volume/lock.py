@@ -6,12 +6,15 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
 
 from modelcache_volume.disk import FILE_MODE
 from modelcache_volume.errors import VolumeBusy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 _POLL_SECONDS = 0.05
 
@@ -33,13 +36,12 @@ def writer_lock(path: Path, *, wait: float = 0) -> Iterator[None]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, FILE_MODE)
     try:
         _acquire(descriptor, path, time.monotonic() + wait)
-        holder = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}"
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{holder}\n".encode(), 0)
-        try:
-            yield
-        finally:
+        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        holder = f"process {os.getpid()} on {socket.gethostname()} since {since}"
+        with suppress(OSError):  # a full volume must still be locked, to be pruned
             os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{holder}\n".encode(), 0)
+        yield
     finally:
         os.close(descriptor)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from modelcache_volume.layout import FORMAT_VERSION
 from modelcache_volume.paths import refuse_clashes, validate_path
 from modelcache_volume.records import manifest_digest
 from modelcache_volume.v1 import manifest_pb2
 from modelcache_volume.weights import IndexedFile, build_weight_sets
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
 
 
 def build_manifest(

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from modelcache_volume.errors import InvalidPath
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 MAX_COMPONENT_BYTES = 255
 MAX_PATH_BYTES = 1024
@@ -65,18 +68,17 @@ def _problem(path: str) -> str:
         encoded = path.encode()
     except UnicodeEncodeError:
         return "its name is not valid UTF-8"
-    if not path:
-        return "its name is empty"
-    if len(encoded) > MAX_PATH_BYTES:
-        return f"its name has {len(encoded)} bytes, more than {MAX_PATH_BYTES}"
-    if "\\" in path:
-        return "it contains a backslash"
-    if any(unicodedata.category(character) == "Cc" for character in path):
-        return "it contains a control character"
-    if path.startswith("/"):
-        return "it is an absolute path"
-    if _DRIVE.match(path):
-        return "it starts with a drive letter"
+    whole = {
+        "its name is empty": not path,
+        f"its name has more than {MAX_PATH_BYTES} bytes": len(encoded) > MAX_PATH_BYTES,
+        "it contains a backslash": "\\" in path,
+        "it contains a control character": any(unicodedata.category(character) == "Cc" for character in path),
+        "it is an absolute path": path.startswith("/"),
+        "it starts with a drive letter": bool(_DRIVE.match(path)),
+    }
+    for problem, applies in whole.items():
+        if applies:
+            return problem
     for component in path.split("/"):
         if component in {"", ".", ".."}:
             return f"it has the component {component!r}"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from modelcache_volume.v1 import manifest_pb2
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Mapping
+
+    from modelcache_volume.v1 import manifest_pb2
 
 INCOMING_SECONDS = 7 * 24 * 3600
 """Age in seconds after which what an interrupted fetch left behind is given up."""
@@ -106,9 +109,9 @@ def decide(
 ) -> Removal:
     """Decides what goes from one source's folder.
 
-    Blobs of removed snapshots go unless a kept one shares them. Blobs that belong to no snapshot, and partial files, are
-    what an interrupted fetch continues from: they go when they are a week old, or when the caller says what is still
-    wanted.
+    Blobs of removed snapshots go unless a kept one shares them. Blobs that belong to no snapshot, and partial files,
+    are what an interrupted fetch continues from: they go when they are a week old, or when the caller says what is
+    still wanted.
 
     Args:
         state: What the folder holds.
@@ -142,7 +145,7 @@ def decide(
                 and (name in garbage or keep_incoming is not None or given_up(modified))
             )
         ),
-        # While the running fetch spares one of its blobs, a former manifest stays to say that the blob may go later.
+        # While the running fetch spares one of its blobs, a former manifest stays to say that the blob may go.
         pruned=tuple(
             sorted({d for d, manifest in begun.items() if spared.isdisjoint(_blobs(manifest))} | set(state.damaged))
         ),

@@ -1,13 +1,14 @@
 """The records on a volume (manifests and active records): how they are written, read back and checked. Pure.
 
 A record is the protobuf message followed by one field more, a fixed32 of number 2047 that no schema declares: the
-CRC-32C of all bytes before it. Any protobuf reader skips it; this package refuses a record without it, because the digest
-covers only the files' names and contents, and a flipped bit in a tensor's shape would otherwise go unnoticed.
+CRC-32C of all bytes before it. Any protobuf reader skips it; this package refuses a record without it, because the
+digest covers only the files' names and contents: a flipped bit in a tensor's shape would otherwise go unnoticed.
 """
 
 from __future__ import annotations
 
-from typing import TypeVar
+import itertools
+from typing import TYPE_CHECKING, TypeVar
 
 import crc32c
 from google.protobuf.message import DecodeError, Message
@@ -16,7 +17,9 @@ from modelcache_volume.digest import BLOCK_BYTES, snapshot_digest
 from modelcache_volume.errors import CorruptBlob, InvalidPath, NewerFormat
 from modelcache_volume.layout import FORMAT_VERSION
 from modelcache_volume.paths import refuse_clashes, validate_path
-from modelcache_volume.v1 import manifest_pb2
+
+if TYPE_CHECKING:
+    from modelcache_volume.v1 import manifest_pb2
 
 _SEAL_TAG = b"\xfd\x7f"  # varint of 2047 << 3 | 5: field 2047, fixed32
 _SEAL_BYTES = len(_SEAL_TAG) + 4
@@ -74,7 +77,7 @@ def manifest_problem(manifest: manifest_pb2.Manifest) -> str:
 
 def _files_problem(manifest: manifest_pb2.Manifest) -> str:
     paths = [file.path for file in manifest.files]
-    if any(first.encode() >= second.encode() for first, second in zip(paths, paths[1:], strict=False)):
+    if any(first.encode() >= second.encode() for first, second in itertools.pairwise(paths)):
         return "its files are not sorted by path, or a path occurs twice"
     try:
         for path in paths:

@@ -1,8 +1,8 @@
 """Index of a safetensors file, read while it streams by.
 
 The format: https://github.com/huggingface/safetensors#format. Checked as strictly as that page says, and as the
-reference implementation does, because what comes from a repo is not trusted: nothing is allocated or read on the word of
-a header that was not checked.
+reference implementation does, because what comes from a repo is not trusted: nothing is allocated or read on the word
+of a header that was not checked.
 """
 
 from __future__ import annotations

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modelcache_volume import disk
@@ -19,22 +18,25 @@ from modelcache_volume.errors import (
     ChecksumMismatch,
     CorruptBlob,
     FileNotInSnapshot,
-    InvalidPath,
     NoActiveRevision,
     NotAVolume,
     SnapshotNotFound,
     VolumeError,
 )
-from modelcache_volume.layout import FORMAT_VERSION, LEASE_SECONDS, Layout
+from modelcache_volume.layout import FORMAT_VERSION, LEASE_SECONDS, Layout, is_digest, is_name, is_source_folder
 from modelcache_volume.lock import writer_lock
 from modelcache_volume.records import check_format_version, decode_record, manifest_problem
 from modelcache_volume.v1 import manifest_pb2
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
     from modelcache_volume.writer import VolumeWriter
 
 _LOG = logging.getLogger(__name__)
 _LEASES_MODE = 0o775
+_NOT_THE_BLOB = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.EIO}
 # What may lie in a folder that is to become a volume: ext4 makes the first, an interrupted `create` the second.
 _HARMLESS = ("lost+found", ".FORMAT.")
 
@@ -75,11 +77,11 @@ class Volume:
             NewerFormat: It is a volume of a newer program.
             NoSpace: It is full.
         """
-        root = Path(os.path.abspath(root))
+        root = root.absolute()
         volume = cls(root)
         with disk.space_errors(root, "setting it up"):
             if not volume.layout.format.exists():
-                if root.exists() and (not root.is_dir() or any(not _harmless(name) for name in os.listdir(root))):
+                if root.exists() and (not root.is_dir() or not all(_harmless(name) for name in _names(root))):
                     raise NotAVolume(
                         f"{root} is neither empty nor a ModelCache volume (it has no FORMAT file), and nothing was "
                         "written to it: name an empty or a new folder."
@@ -99,7 +101,7 @@ class Volume:
             NotAVolume: The folder is none.
             NewerFormat: It is one of a newer program.
         """
-        root = Path(os.path.abspath(root))
+        root = root.absolute()
         volume = cls(root)
         try:
             text = volume.layout.format.read_bytes()[:20].decode(errors="replace")
@@ -187,9 +189,9 @@ class Volume:
 
     def actives(self) -> list[manifest_pb2.Active]:
         """All active records, sorted by name; the errors are those of `active`."""
-        names = sorted(name.removesuffix(".pb") for name in _names(self.layout.actives) if name.endswith(".pb"))
+        files = [name for name in _names(self.layout.actives) if name.endswith(".pb")]
         found = []
-        for name in names:
+        for name in sorted(file.removesuffix(".pb") for file in files if is_name(file)):
             with suppress(NoActiveRevision):  # deactivated meanwhile
                 found.append(self.active(name))
         return found
@@ -238,14 +240,11 @@ class Volume:
         """
         from modelcache_volume.writer import VolumeWriter  # noqa: PLC0415  writer.py builds on this module
 
-        with disk.space_errors(self.root, "locking it"):
-            self._make_folders()
-            lock = writer_lock(self.layout.lock, wait=wait)
-            lock.__enter__()
-        try:
+        with ExitStack() as held:
+            with disk.space_errors(self.root, "locking it"):
+                self._make_folders()
+                held.enter_context(writer_lock(self.layout.lock, wait=wait))
             yield VolumeWriter(self)
-        finally:
-            lock.__exit__(None, None, None)
 
     def _make_folders(self) -> None:
         layout = self.layout
@@ -254,19 +253,22 @@ class Volume:
         disk.make_folder(layout.leases, _LEASES_MODE)
 
     def source_folders(self) -> list[str]:
-        return sorted(name for name in _names(self.layout.hub) if not name.startswith("."))
+        """Names of the sources' folders under hub/."""
+        return sorted(name for name in _names(self.layout.hub) if is_source_folder(name))
 
     def _published(self) -> Iterator[tuple[str, str]]:
         for folder in self.source_folders():
             for name in sorted(_names(self.layout.manifests(folder))):
-                if name.endswith(".pb"):
+                if name.endswith(".pb") and is_digest(name.removesuffix(".pb")):
                     yield folder, name.removesuffix(".pb")
 
     def leases(self) -> Iterator[tuple[str, str, float]]:
+        """All leases, also old ones: digest, holder, and when it was renewed (seconds since the Unix epoch)."""
         for name in _names(self.layout.leases):
             digest, _, holder = name.partition(".")
-            with suppress(FileNotFoundError, SnapshotNotFound, InvalidPath):
-                yield digest, holder, os.lstat(self.layout.lease(digest, holder)).st_mtime
+            if is_digest(digest) and is_name(holder):
+                with suppress(FileNotFoundError):
+                    yield digest, holder, self.layout.lease(digest, holder).lstat().st_mtime
 
     def _read_snapshot(self, folder: str, digest: str) -> Snapshot:
         path = self.layout.manifest(folder, digest)
@@ -335,10 +337,12 @@ class Snapshot:
         # O_NONBLOCK: opening a FIFO that someone put there would wait for ever; regular files do not mind it.
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        except (FileNotFoundError, NotADirectoryError, OSError) as error:
-            if isinstance(error, PermissionError):
-                raise VolumeError(f"{path} cannot be read: run as a user or group that may.") from error
-            raise self._corrupt(file, f"it cannot be opened ({error.strerror})") from error
+        except PermissionError as error:
+            raise VolumeError(f"{path} cannot be read: run as a user or group that may.") from error
+        except OSError as error:
+            if error.errno in _NOT_THE_BLOB:
+                raise self._corrupt(file, f"it cannot be opened ({error.strerror})") from error
+            raise
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_size != file.size:
             os.close(descriptor)
@@ -412,6 +416,6 @@ def _harmless(name: str) -> bool:
 
 def _names(folder: Path) -> list[str]:
     try:
-        return os.listdir(folder)
+        return [path.name for path in folder.iterdir()]
     except FileNotFoundError:
         return []

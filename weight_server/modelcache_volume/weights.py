@@ -7,9 +7,8 @@ their index files. Both know nothing of each other's format.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import crc32c
 
@@ -18,6 +17,9 @@ from modelcache_volume.errors import BadWeights, InvalidPath
 from modelcache_volume.paths import validate_path
 from modelcache_volume.v1 import manifest_pb2
 from modelcache_volume.weight_names import WeightName, parse_index_name, parse_weight_name
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,8 @@ def build_weight_sets(
 ) -> tuple[list[manifest_pb2.WeightSet], list[manifest_pb2.Tensor]]:
     """Groups weight files into the sets that a model is loaded from.
 
-    An index file (`*.safetensors.index.json`, `*.bin.index.json`) and its shards are one set; every other weight file is
-    a set of its own. An index none of whose shards was selected makes no set.
+    An index file (`*.safetensors.index.json`, `*.bin.index.json`) and its shards are one set; every other weight file
+    is a set of its own. An index none of whose shards was selected makes no set.
 
     Args:
         files: Indexed weight files by path.

@@ -1,4 +1,4 @@
-"""The one writer of a volume: stores blobs, publishes snapshots, makes them active, prunes. Each step survives a crash."""
+"""The one writer of a volume: stores blobs, publishes snapshots, makes them active, prunes; a crash loses nothing."""
 
 from __future__ import annotations
 
@@ -7,19 +7,25 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from modelcache_volume import disk
 from modelcache_volume.errors import BadManifest, CorruptBlob, NoActiveRevision, SnapshotNotFound
 from modelcache_volume.layout import FORMAT_VERSION, LEASE_SECONDS, bucket_name
 from modelcache_volume.paths import validate_path
-from modelcache_volume.prune import FolderState, Protected, Removal, decide, protected
-from modelcache_volume.records import check_format_version, decode_record, encode_record, manifest_problem
+from modelcache_volume.prune import decide, protected
+from modelcache_volume.records import check_format_version, encode_record, manifest_problem
 from modelcache_volume.v1 import manifest_pb2
-from modelcache_volume.volume import Snapshot, Volume
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+    from pathlib import Path
+
+    from modelcache_volume.volume import Snapshot, Volume
+
+from modelcache_volume.sweep import carry_out, read_state, remove_empty
 
 _LOG = logging.getLogger(__name__)
 
@@ -52,8 +58,8 @@ class VolumeWriter:
         self._counter = itertools.count()
         self._in_use: set[tuple[str, str]] = set()
         self._folders: set[str] = set()
-        for name in os.listdir(self._layout.temporary):  # of a writer that died: the lock is ours
-            os.unlink(self._layout.temporary / name)
+        for left in self._layout.temporary.iterdir():  # of a writer that died: the lock is ours
+            left.unlink()
 
     def blob_exists(self, folder: str, sha256_hex: str, size: int) -> bool:
         """Whether the blob is already there, with that size in bytes; pruning by this writer then spares it."""
@@ -139,7 +145,7 @@ class VolumeWriter:
             history_limit: How many earlier ones pruning spares.
 
         Returns:
-            The record; its generation is one more than before, unless digest, commit and `requested` are what they were.
+            The record; its generation grows by one, unless digest, commit and `requested` are what they were.
 
         Raises:
             SnapshotNotFound: The snapshot was pruned meanwhile.
@@ -164,7 +170,7 @@ class VolumeWriter:
         with disk.space_errors(self.volume.root, f"activating {name}"):
             self._link(snapshot.folder, snapshot.manifest, source.commit)
             self._write_ref(snapshot.folder, requested, source.commit)
-            self._link_bucket(snapshot)
+            self._link_bucket(snapshot, source.commit)
             if before != active:
                 disk.write_durably(self._layout.active(name), encode_record(active), self._temporary())
         return active
@@ -173,7 +179,7 @@ class VolumeWriter:
         """Stops serving `name`; its snapshots stay until they are pruned. Does nothing if nothing is active."""
         disk.remove_file(self._layout.active(name))
         disk.fsync_folder(self._layout.actives)
-        self._unlink_buckets()
+        self._link_buckets()
 
     def prune(
         self,
@@ -190,8 +196,8 @@ class VolumeWriter:
         Args:
             keep: Digests to spare as well.
             now: Seconds since the Unix epoch; None: the present.
-            keep_incoming: By source folder, the keys of partial files that are still wanted: others of that folder go at
-                once, and so do blobs there that no snapshot has and that this writer did not touch.
+            keep_incoming: By source folder, the keys of partial files that are still wanted: others of that folder go
+                at once, and so do blobs there that no snapshot has and that this writer did not touch.
 
         Raises:
             CorruptBlob: An active record, or the manifest of a snapshot to be spared, is damaged: nothing is removed.
@@ -204,9 +210,15 @@ class VolumeWriter:
         for folder in self.volume.source_folders():
             in_use = {sha256 for owner, sha256 in self._in_use if owner == folder}
             wanted = keep_incoming.get(folder) if keep_incoming is not None else None
-            removals[folder] = decide(self._state(folder, stay), stay, now, in_use=in_use, keep_incoming=wanted)
-        freed = sum(self._remove(folder, removal) for folder, removal in removals.items())
-        self._unlink_buckets()
+            removals[folder] = decide(
+                read_state(self.volume, folder, stay), stay, now, in_use=in_use, keep_incoming=wanted
+            )
+        freed = 0
+        for folder, removal in removals.items():
+            freed += carry_out(self._layout, folder, removal)
+            if folder not in self._folders:
+                remove_empty(self._layout, folder)
+        self._link_buckets()
         for digest, holder, renewed in self.volume.leases():
             if now - renewed > LEASE_SECONDS:
                 disk.remove_file(self._layout.lease(digest, holder))
@@ -270,7 +282,7 @@ class VolumeWriter:
         if path.is_dir() and not path.is_symlink():
             disk.remove_tree(path)
         parent = path.parent
-        while parent != top and parent != top.parent:
+        while parent not in (top, top.parent):
             if parent.is_symlink() or parent.is_file():
                 disk.remove_file(parent)
             parent = parent.parent
@@ -295,80 +307,24 @@ class VolumeWriter:
             _LOG.warning("%s It is replaced.", error)
             return None
 
-    def _link_bucket(self, snapshot: Snapshot) -> None:
+    def _link_bucket(self, snapshot: Snapshot, commit: str) -> str:
+        """Makes model_cache/BUCKET lead to a commit of the snapshot; returns the link's name, "" if it has none."""
         name = bucket_name(snapshot.manifest.source.repo_id)
         if name:
-            target = os.path.relpath(snapshot.commit_folder(), self._layout.model_cache)
+            target = os.path.relpath(self._layout.commit(snapshot.folder, commit), self._layout.model_cache)
             if disk.place_link(self._layout.model_cache / name, target, self._temporary()):
                 disk.fsync_folder(self._layout.model_cache)
+        return name
 
-    def _unlink_buckets(self) -> None:
-        """Removes the links in model_cache/ that lead to nothing that is active."""
-        wanted = {os.path.join("..", "hub", a.folder, "snapshots", a.commit) for a in self.volume.actives()}
-        for name in os.listdir(self._layout.model_cache):
-            path = self._layout.model_cache / name
-            if disk.read_link(path) not in wanted:
-                disk.remove_file(path)
-
-    def _state(self, folder: str, stay: Protected) -> FolderState:
-        """Reads what a source's folder holds; raises when something to be spared cannot be read."""
-        layout = self._layout
-        manifests, damaged = {}, []
-        pruned: dict[str, manifest_pb2.Manifest | None] = {}
-        for path in layout.manifests(folder).glob("*"):
-            digest = path.stem
-            if path.suffix == ".pruned":
-                with suppress(CorruptBlob):
-                    pruned[digest] = None
-                    pruned[digest] = decode_record(manifest_pb2.Manifest, path.read_bytes(), str(path))
-                continue
-            try:
-                manifests[digest] = self.volume.snapshot(digest, folder).manifest
-            except CorruptBlob:
-                if stay.has(folder, digest):
-                    raise
-                damaged.append(digest)
-        refs = {
-            str(path.relative_to(layout.refs(folder))): path.read_text(errors="replace")
-            for path in layout.refs(folder).rglob("*")
-            if path.is_file() and not path.is_symlink()
-        }
-        return FolderState(
-            folder=folder,
-            manifests=manifests,
-            damaged=damaged,
-            pruned=pruned,
-            blobs={path.name: path.lstat().st_mtime for path in layout.blobs(folder).glob("*")},
-            refs=refs,
-            commits=[path.name for path in layout.snapshots(folder).glob("*")],
-            incoming={path.stem: path.lstat().st_mtime for path in layout.incoming(folder).glob("*.part")},
-        )
-
-    def _remove(self, folder: str, removal: Removal) -> int:
-        """Carries out one removal, in the order that leaves whole snapshots whole wherever it is interrupted."""
-        layout = self._layout
-        # A manifest is renamed first: nobody sees the snapshot any more, and it still says which blobs are to go.
-        for digest in removal.manifests:
-            os.rename(layout.manifest(folder, digest), layout.pruned(folder, digest))
-        if removal.manifests:
-            disk.fsync_folder(layout.manifests(folder))
-        for ref in removal.refs:
-            disk.remove_file(layout.refs(folder) / ref)
-        for commit in removal.commits:
-            disk.remove_tree(layout.snapshots(folder) / commit)
-        for commit, paths in removal.links.items():
-            _remove_links(layout.commit(folder, commit), paths)
-        freed = sum(disk.remove_file(layout.blobs(folder) / name) for name in removal.blobs)
-        if removal.pruned:
-            disk.fsync_folder(layout.blobs(folder))
-        for digest in removal.pruned:
-            disk.remove_file(layout.pruned(folder, digest))
-        freed += sum(disk.remove_file(layout.part(folder, key)) for key in removal.incoming)
-        if folder not in self._folders:
-            for path in (layout.blobs, layout.refs, layout.snapshots, layout.manifests, layout.incoming):
-                disk.remove_if_empty(path(folder))
-            disk.remove_if_empty(layout.source(folder))
-        return freed
+    def _link_buckets(self) -> None:
+        """Makes model_cache/ show what is active, and nothing else."""
+        wanted = set()
+        for active in sorted(self.volume.actives(), key=lambda active: active.activated_at):
+            with suppress(SnapshotNotFound):
+                wanted.add(self._link_bucket(self.volume.snapshot(active.digest, active.folder), active.commit))
+        for link in self._layout.model_cache.iterdir():
+            if link.name not in wanted:
+                disk.remove_file(link)
 
 
 def _continue_from(before: manifest_pb2.Active, active: manifest_pb2.Active) -> None:
@@ -389,13 +345,3 @@ def _continue_from(before: manifest_pb2.Active, active: manifest_pb2.Active) -> 
         if (entry.folder, entry.digest) not in seen and len(active.history) < active.history_limit:
             seen.add((entry.folder, entry.digest))
             active.history.append(entry)
-
-
-def _remove_links(top: Path, keep: Collection[str]) -> None:
-    for parent, _, files in os.walk(top, topdown=False):
-        for name in files:
-            path = Path(parent, name)
-            if str(path.relative_to(top)) not in keep:
-                os.unlink(path)
-        if Path(parent) != top:
-            disk.remove_if_empty(Path(parent))
