@@ -38,8 +38,7 @@ def publish(writer, files: dict[str, bytes], **source):
         sha256 = entry.sha256.hex()
         if not writer.blob_exists(folder, sha256, entry.size):
             part = writer.incoming(folder, f"part{number}")
-            with open(part, "wb") as file:
-                file.write(files[entry.path])
+            part.write_bytes(files[entry.path])
             writer.adopt(folder, part, sha256)
     return writer.publish(folder, manifest)
 

@@ -65,8 +65,8 @@ def carry_out(layout: Layout, folder: str, removal: Removal) -> int:
         layout.manifest(folder, digest).rename(layout.pruned(folder, digest))
     if removal.manifests:
         disk.fsync_folder(layout.manifests(folder))
-    for ref in removal.refs:
-        disk.remove_file(layout.refs(folder) / ref)
+    _remove_files(layout.refs(folder) / ref for ref in removal.refs)
+    _remove_empty_below(layout.refs(folder))
     for commit in removal.commits:
         disk.remove_tree(layout.snapshots(folder) / commit)
     for commit, paths in removal.links.items():
@@ -104,9 +104,11 @@ def _remove_files(paths: Iterable[Path]) -> int:
 
 
 def _remove_links(top: Path, keep: Collection[str]) -> None:
-    for parent, _, files in os.walk(top, topdown=False):
-        for path in (Path(parent, name) for name in files):
-            if str(path.relative_to(top)) not in keep:
-                path.unlink()
+    _remove_files(path for path in _files(top, "**/*") if str(path.relative_to(top)) not in keep)
+    _remove_empty_below(top)
+
+
+def _remove_empty_below(top: Path) -> None:
+    for parent, _, _ in os.walk(top, topdown=False):
         if Path(parent) != top:
             disk.remove_if_empty(Path(parent))
