@@ -74,6 +74,9 @@ class RevisionStatus(Part):
     active: Hex | None = None
     """The revision that is served."""
 
+    short: Annotated[str, Field(max_length=12)] | None = None
+    """The first 12 characters of active, for `kubectl get`."""
+
     previous: Annotated[list[PreviousRevision], Field(max_length=100)] = Field(default_factory=list)
     """Revisions kept on the volume, newest first."""
 
@@ -105,6 +108,47 @@ class ProgressStatus(Part):
 
     attempt: Annotated[int, Field(ge=1)] | None = None
     """Which attempt this is, from 1."""
+
+    percent: Annotated[str, Field(max_length=8)] | None = None
+    """Bytes of total bytes, such as 42%, for `kubectl get`."""
+
+
+class PlanRecord(Part):
+    """The last look at the source that succeeded: the operator's memory of it, so that a restart plans nothing anew."""
+
+    key: Hex = ""
+    """Hash of the source, revision and patterns that were looked up."""
+
+    commit: Hex = ""
+    """What the revision stood for."""
+
+    bytes: Annotated[int, Field(ge=0)] = 0
+    """Size of all files of the plan."""
+
+    files: Annotated[int, Field(ge=0)] = 0
+    """Number of files of the plan."""
+
+    round: Annotated[int, Field(ge=0)] = 0
+    """How many plans succeeded so far; part of the next plan Job's name."""
+
+    time: Annotated[str, Field(max_length=64)] = ""
+    """When it was looked up, in RFC 3339."""
+
+    reconcile_at: Text = ""
+    """The annotation modelcache.io/reconcile-at that this plan answered."""
+
+
+class FetchRecord(Part):
+    """The last fetch that succeeded: what is active on which volume."""
+
+    key: Hex = ""
+    """Hash of the source, commit and patterns that were fetched."""
+
+    claim_uid: Annotated[str, Field(max_length=64)] = ""
+    """uid of the PersistentVolumeClaim they were fetched to; another one holds nothing yet."""
+
+    round: Annotated[int, Field(ge=0)] = 0
+    """How many fetches succeeded so far; part of the next fetch Job's name."""
 
 
 class ModelCacheStatus(Part):
@@ -140,8 +184,17 @@ class ModelCacheStatus(Part):
     bytes: Annotated[int, Field(ge=0)] | None = None
     """Size of the active snapshot in bytes."""
 
+    size: Annotated[str, Field(max_length=32)] | None = None
+    """bytes as people read it, for `kubectl get`."""
+
     server: ServerStatus | None = None
     """The weight servers."""
+
+    plan: PlanRecord | None = None
+    """The operator's record of the last successful plan."""
+
+    fetch: FetchRecord | None = None
+    """The operator's record of the last successful fetch."""
 
     progress: ProgressStatus | None = None
     """How far a running fetch has come."""
