@@ -41,12 +41,17 @@ check: setup ## Format, lint, types, walls, generated files, unit tests (under 2
 	mypy
 	lint-imports --no-logo
 	tests/support/generate_stubs --check weight_server
+	$(BIN)/python -m modelcache_api.crd --check
 	$(BIN)/python -m pytest -q tests/unit -m 'not slow'
 
 .PHONY: format
 format: setup ## Rewrite the code in the project's format
 	ruff format .
 	ruff check --fix .
+
+.PHONY: crd
+crd: setup ## Generate the CRD
+	$(BIN)/python -m modelcache_api.crd
 
 .PHONY: proto
 proto: ## Generate the protobuf stubs
