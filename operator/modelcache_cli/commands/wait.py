@@ -1,0 +1,153 @@
+"""`modelcache wait`: until a server has a model."""
+
+import argparse
+import re
+import time
+from typing import TYPE_CHECKING
+
+from modelcache_api.reasons import Reason
+from modelcache_cli.command import Command
+from modelcache_cli.failures import CommandError, UsageError
+from modelcache_cli.options import ADDRESS_VARIABLE, DEFAULT_GRPC_PORT, default_address, digest_prefix, duration
+from modelcache_cli.output import printable, say
+
+if TYPE_CHECKING:
+    from modelcache_volume.v1.manifest_pb2 import Active
+    from modelcache_wire.v1.weights_pb2_grpc import WeightsStub
+
+_SAY_SECONDS = 10.0
+_POLL_SECONDS = 0.5
+_CALL_SECONDS = 5.0
+_COMMIT_PREFIX = re.compile(r"[0-9a-f]{7,40}")
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        help=f"gRPC address of the server; without a port: {DEFAULT_GRPC_PORT} (default: ${ADDRESS_VARIABLE})",
+    )
+    parser.add_argument(
+        "--revision",
+        metavar="REVISION",
+        help="wait until this branch, tag or commit (7 or more digits) is the active one (default: any)",
+    )
+    parser.add_argument(
+        "--digest",
+        type=digest_prefix,
+        metavar="DIGEST",
+        help="wait until this digest, or one that begins with these 8 or more digits, is the active one (default: any)",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=duration,
+        default=600.0,
+        metavar="TIME",
+        help="how long to wait, such as 90s; 0s asks once (default: 10m)",
+    )
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    import grpc
+
+    from modelcache_wire.v1.weights_pb2_grpc import WeightsStub
+
+    target = _target(arguments.address or default_address())
+    deadline = time.monotonic() + arguments.timeout
+    with grpc.insecure_channel(f"dns:///{target}", options=(("grpc.max_reconnect_backoff_ms", 2000),)) as channel:
+        active = _wait(WeightsStub(channel), target, arguments, deadline)
+    say(f"{target} serves {printable(active.name)}: {printable(active.requested or active.commit)}")
+    print(active.digest)
+    return 0
+
+
+def _target(address: str | None) -> str:
+    if not address:
+        raise UsageError(f"no server is named; write --address HOST:PORT, or set {ADDRESS_VARIABLE}")
+    from modelcache.address import parse_endpoint
+    from modelcache.errors import AddressError
+
+    try:
+        return str(parse_endpoint(address))
+    except AddressError as error:
+        raise UsageError(f"--address: {error}") from None
+
+
+def _wait(stub: "WeightsStub", target: str, arguments: argparse.Namespace, deadline: float) -> "Active":
+    """Ask until what is active is what is wanted; says each 10 s why not.
+
+    Raises:
+        CommandError: The deadline passed; the message says what was missing.
+    """
+    next_word = time.monotonic() + _SAY_SECONDS
+    while True:
+        answer = _ask(stub, target, max(deadline - time.monotonic(), 0.1))
+        lack = answer if isinstance(answer, str) else _lack(answer, arguments, target)
+        if not isinstance(answer, str) and lack is None:
+            return answer
+        now = time.monotonic()
+        if now >= deadline:
+            raise CommandError(Reason.NOT_READY, f"waited {arguments.timeout:g} s in vain: {lack}")
+        if now >= next_word:
+            say(f"modelcache: waiting: {lack}")
+            next_word = now + _SAY_SECONDS
+        time.sleep(min(_POLL_SECONDS, max(deadline - now, 0)))
+
+
+def _ask(stub: "WeightsStub", target: str, remaining: float) -> "Active | str":
+    """What is active now, or why that cannot be said."""
+    import grpc
+
+    from modelcache_wire.v1.weights_pb2 import GetRevisionRequest
+
+    try:
+        answer = stub.GetRevision(GetRevisionRequest(), timeout=min(_CALL_SECONDS, remaining))
+    except grpc.RpcError as error:
+        details = printable(str(error.details() or ""))[:300]
+        match error.code():
+            case grpc.StatusCode.NOT_FOUND:
+                return f"{target} answers, but has no model yet: {details or 'nothing is active'}"
+            case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.DEADLINE_EXCEEDED:
+                return f"{target} does not answer: {details or error.code().name}"
+            case grpc.StatusCode.UNIMPLEMENTED:
+                raise CommandError(Reason.UNAVAILABLE, f"{target} is no ModelCache server: {details}") from None
+            case grpc.StatusCode.UNAUTHENTICATED | grpc.StatusCode.PERMISSION_DENIED:
+                raise CommandError(Reason.AUTH_FAILED, f"{target} refuses this caller: {details}") from None
+            case code:
+                return f"{target} answers {code.name}: {details}"
+    return answer.active if answer.active.digest else f"{target} answers, but has no model yet"
+
+
+def _lack(active: "Active", arguments: argparse.Namespace, target: str) -> str | None:
+    """What is active instead of what is wanted; None when it is."""
+    wanted: str | None = arguments.revision
+    if wanted is not None and active.requested != wanted:
+        by_commit = _COMMIT_PREFIX.fullmatch(wanted) and active.commit.startswith(wanted)
+        if not by_commit:
+            serves = printable(active.requested or active.commit)
+            return f"{target} still serves {serves} ({active.commit[:12]}), not {printable(wanted)}"
+    if arguments.digest is not None and not active.digest.startswith(arguments.digest):
+        return f"{target} still serves the digest {active.digest[:12]}, not {arguments.digest[:12]}"
+    return None
+
+
+COMMAND = Command(
+    name="wait",
+    summary="wait until a server has a model, or a certain revision of it",
+    description=(
+        "Asks a weight server until it has an active snapshot (or the one asked for), prints that snapshot's digest "
+        "and ends; meant for init containers and scripts. Says each 10 seconds on standard error why it still "
+        "waits. Needs no extra beside the base installation."
+    ),
+    examples=(
+        ("modelcache wait --address bert-base-weights:9090", "until the ModelCache bert-base is served"),
+        (
+            "modelcache wait --address localhost:9090 --revision v2 --timeout 5m",
+            "until v2 is active, 5 minutes at most",
+        ),
+    ),
+    add_options=_add_options,
+    run=_run,
+    reasons=(Reason.AUTH_FAILED, Reason.UNAVAILABLE, Reason.NOT_READY),
+    environment=((ADDRESS_VARIABLE, "address of the server, where --address is absent"),),
+)
