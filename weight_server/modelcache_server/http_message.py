@@ -1,0 +1,147 @@
+"""HTTP/1.1 requests and ranges as pure functions: strict, bounded, and never guessing (RFC 9110, RFC 9112)."""
+
+import re
+from dataclasses import dataclass, field
+from urllib.parse import unquote_to_bytes
+
+from modelcache_server.errors import Reason, RequestError
+
+MAX_HEADERS = 64
+_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([\x21-\x7e]+) HTTP/1\.([01])")
+_HEADER = re.compile(rb"(" + _TOKEN + rb"):[ \t]*([\x20-\x7e\x80-\xff\t]*?)[ \t]*")
+_SINGULAR = frozenset({"host", "content-length", "range", "authorization", "if-range", "transfer-encoding"})
+_RANGE = re.compile(r"bytes=(?:(\d{1,19})-(\d{0,19})|-(\d{1,19}))")
+_BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
+
+
+class BadRequest(Exception):
+    """A request that breaks the rules of HTTP: it is answered with `status`, and its connection is closed."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request without a body.
+
+    Attributes:
+        method: as sent; methods are case-sensitive.
+        path: the target's path, still percent-encoded.
+        query: what follows "?"; empty without one.
+        headers: values by lowercase name; several of one name are joined with ", ".
+        keep_alive: whether the client wants the connection kept.
+    """
+
+    method: str
+    path: str
+    query: str = ""
+    headers: dict[str, str] = field(default_factory=dict)
+    keep_alive: bool = True
+
+    def segments(self) -> list[str]:
+        """The path's decoded components; a slash that was escaped stays inside its component.
+
+        Raises:
+            RequestError: INVALID_REQUEST for a bad escape, bytes that are no UTF-8, or control characters.
+        """
+        if _BAD_ESCAPE.search(self.path):
+            raise RequestError(Reason.INVALID_REQUEST, "The path has a % that is no escape.")
+        decoded = []
+        for segment in self.path.split("/")[1:]:
+            try:
+                text = unquote_to_bytes(segment).decode() if "%" in segment else segment
+            except UnicodeDecodeError:
+                raise RequestError(Reason.INVALID_REQUEST, "The path is not UTF-8.") from None
+            if any(character < " " or character == "\x7f" for character in text):
+                raise RequestError(Reason.INVALID_REQUEST, "The path has control characters.")
+            decoded.append(text)
+        return decoded
+
+
+def parse_request(head: bytes) -> Request:
+    r"""Parse a request's head, up to but without the empty line that ends it.
+
+    Args:
+        head: the bytes before `\r\n\r\n`.
+
+    Raises:
+        BadRequest: 400 for malformed heads and for bodies, 431 for too many headers, 505 for other versions.
+    """
+    line, *rest = head.split(b"\r\n")
+    match = _REQUEST_LINE.fullmatch(line)
+    if match is None:
+        if re.fullmatch(_TOKEN + rb" [\x21-\x7e]+ HTTP/\d\.\d", line):
+            raise BadRequest(505, "This server speaks HTTP/1.1.")
+        raise BadRequest(400, "The request line is malformed.")
+    method, target, minor = match.groups()
+    if not target.startswith(b"/"):
+        raise BadRequest(400, "The request's target must be a path.")
+    if len(rest) > MAX_HEADERS:
+        raise BadRequest(431, f"More than {MAX_HEADERS} headers.")
+    headers = _parse_headers(rest)
+    if minor == b"1" and "host" not in headers:
+        raise BadRequest(400, "The Host header is missing.")
+    # A body that we would not read could be taken for the next request.
+    if "transfer-encoding" in headers or headers.get("content-length", "0") != "0":
+        raise BadRequest(400, "Requests here have no body.")
+    wishes = {wish.strip().lower() for wish in headers.get("connection", "").split(",")}
+    keep_alive = "close" not in wishes and (minor == b"1" or "keep-alive" in wishes)
+    path, _, query = target.decode("ascii").partition("?")
+    return Request(method.decode("ascii"), path, query, headers, keep_alive)
+
+
+def _parse_headers(lines: list[bytes]) -> dict[str, str]:
+    headers: dict[str, str] = {}
+    for line in lines:
+        match = _HEADER.fullmatch(line)
+        if match is None:
+            raise BadRequest(400, "A header is malformed.")
+        name = match[1].decode("ascii").lower()
+        value = match[2].decode("latin-1")
+        if name in headers:
+            if name in _SINGULAR:
+                raise BadRequest(400, f"The header {name} occurs twice.")
+            value = f"{headers[name]}, {value}"
+        headers[name] = value
+    return headers
+
+
+def parse_range(value: str | None, size: int) -> tuple[int, int] | None:
+    """The bytes that a Range header asks for.
+
+    Args:
+        value: the header; None without one. Units other than bytes are ignored, as RFC 9110 says.
+        size: of the file in bytes.
+
+    Returns:
+        (offset, length) of a single range, cut at the file's end; None for the whole file.
+
+    Raises:
+        RequestError: OUT_OF_RANGE when no byte of it is in the file; INVALID_REQUEST for several ranges or nonsense.
+    """
+    if value is None or not value.startswith("bytes="):
+        return None
+    match = _RANGE.fullmatch(value)
+    if match is None:
+        raise RequestError(Reason.INVALID_REQUEST, "Range must be one range of bytes, like bytes=0-1023.")
+    first, last, suffix = match.groups()
+    if suffix is not None:
+        length = min(int(suffix), size)
+        start, end = size - length, size
+    else:
+        start = int(first)
+        if last and int(last) < start:
+            raise RequestError(Reason.INVALID_REQUEST, "The range ends before it begins.")
+        end = min(size, int(last) + 1) if last else size
+    if start >= end:
+        raise RequestError(Reason.OUT_OF_RANGE, f"The range is outside the file's {size} bytes.")
+    return start, end - start
+
+
+def matches_etag(value: str, etag: str) -> bool:
+    """Whether an If-None-Match or If-Range list names this (strong, unquoted) entity tag."""
+    tags = {tag.strip().removeprefix("W/").strip('"') for tag in value.split(",")}
+    return etag in tags or "*" in tags
