@@ -15,9 +15,13 @@ from cluster.programs import helm, kubernetes_programs
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="cluster", description="A real single-node Kubernetes on this machine, for the tests.")
+    parser = argparse.ArgumentParser(
+        prog="cluster", description="A real single-node Kubernetes on this machine, for the tests."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    up = commands.add_parser("up", help="start a cluster, in place of one of the same name, and load the product's images")
+    up = commands.add_parser(
+        "up", help="start a cluster, in place of one of the same name, and load the product's images"
+    )
     up.add_argument("--bare", action="store_true", help="load none of the product's images")
     down = commands.add_parser("down", help="stop a cluster and remove all of it")
     for command in (up, down):

@@ -57,13 +57,25 @@ def commands(paths: Paths, addresses: Addresses) -> dict[str, list[str]]:
         return [f"--kubeconfig={pki}/{name}.conf"]
 
     def delegating(name: str) -> list[str]:
-        return [f"--{use}={pki}/{name}.conf" for use in ("kubeconfig", "authentication-kubeconfig", "authorization-kubeconfig")]
+        return [
+            f"--{use}={pki}/{name}.conf"
+            for use in ("kubeconfig", "authentication-kubeconfig", "authorization-kubeconfig")
+        ]
 
     etcd_url, etcd_peer = "http://127.0.0.1:2379", "http://127.0.0.1:2380"
     return {
         "etcd": [
-            *("etcd", "--data-dir=/var/lib/etcd", f"--listen-client-urls={etcd_url}", f"--advertise-client-urls={etcd_url}"),
-            *(f"--listen-peer-urls={etcd_peer}", f"--initial-advertise-peer-urls={etcd_peer}", f"--initial-cluster=default={etcd_peer}"),
+            *(
+                "etcd",
+                "--data-dir=/var/lib/etcd",
+                f"--listen-client-urls={etcd_url}",
+                f"--advertise-client-urls={etcd_url}",
+            ),
+            *(
+                f"--listen-peer-urls={etcd_peer}",
+                f"--initial-advertise-peer-urls={etcd_peer}",
+                f"--initial-cluster=default={etcd_peer}",
+            ),
             "--unsafe-no-fsync",  # a cluster that loses power is made anew
         ],
         "kube-apiserver": program("kube-apiserver", *api_server_flags(pki, addresses, etcd_url)),
@@ -96,7 +108,9 @@ def commands(paths: Paths, addresses: Addresses) -> dict[str, list[str]]:
             "--conntrack-max-per-core=0",  # the machine's setting is not the node's to change
         ),
         "coredns": program("coredns", "-conf", f"{config}/Corefile"),
-        "volume-provisioner": program("volume-provisioner", *as_itself("admin"), f"--root={paths.volumes}", f"--node={NODE_NAME}"),
+        "volume-provisioner": program(
+            "volume-provisioner", *as_itself("admin"), f"--root={paths.volumes}", f"--node={NODE_NAME}"
+        ),
     }
 
 
@@ -108,6 +122,11 @@ def api_server_flags(pki: Path, addresses: Addresses, etcd_url: str) -> list[str
         f"--tls-cert-file={pki}/kube-apiserver.crt",
         f"--tls-private-key-file={pki}/kube-apiserver.key",
         f"--client-ca-file={pki}/ca.crt",
+        f"--requestheader-client-ca-file={pki}/ca.crt",  # nobody has such a certificate; the controllers complain without it
+        "--requestheader-allowed-names=front-proxy",
+        "--requestheader-username-headers=X-Remote-User",
+        "--requestheader-group-headers=X-Remote-Group",
+        "--requestheader-extra-headers-prefix=X-Remote-Extra-",
         "--service-account-issuer=https://kubernetes.default.svc.cluster.local",
         f"--service-account-key-file={pki}/service-accounts.key",
         f"--service-account-signing-key-file={pki}/service-accounts.key",
@@ -217,7 +236,10 @@ def storage_classes() -> list[dict[str, object]]:
         return {
             "apiVersion": "storage.k8s.io/v1",
             "kind": "StorageClass",
-            "metadata": {"name": name, "annotations": {"storageclass.kubernetes.io/is-default-class": str(default).lower()}},
+            "metadata": {
+                "name": name,
+                "annotations": {"storageclass.kubernetes.io/is-default-class": str(default).lower()},
+            },
             "provisioner": PROVISIONER,
             "reclaimPolicy": "Delete",
             "volumeBindingMode": "WaitForFirstConsumer",

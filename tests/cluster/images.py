@@ -26,7 +26,17 @@ BASE_PACKAGES = ("ca-certificates", "python3", "python3-venv")
 # What a container never reads, a third of the base.
 UNREAD = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*")
 # As .dockerignore has it.
-CONTEXT = ("pyproject.toml", "constraints.txt", "README.md", "LICENSE", "crds", "operator", "weight_server", "sidecar", "Dockerfile")
+CONTEXT = (
+    "pyproject.toml",
+    "constraints.txt",
+    "README.md",
+    "LICENSE",
+    "crds",
+    "operator",
+    "weight_server",
+    "sidecar",
+    "Dockerfile",
+)
 TARGETS = {"runtime": "modelcache", "client": "modelcache-client"}
 SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -48,7 +58,9 @@ def pause_image() -> Image:
         with tarfile.open(fileobj=layer, mode="w") as tar:
             tar.add(program, "pause", filter=plain)
         (new / "layer.tar").write_bytes(layer.getvalue())
-        write_archive(new / "image.tar", PAUSE_IMAGE, new / "layer.tar", {"Entrypoint": ["/pause"], "User": "65535:65535"})
+        write_archive(
+            new / "image.tar", PAUSE_IMAGE, new / "layer.tar", {"Entrypoint": ["/pause"], "User": "65535:65535"}
+        )
 
     return Image(PAUSE_IMAGE, cached("images", f"pause-{content_hash([program])}", make) / "image.tar")
 
@@ -63,7 +75,17 @@ def base_image() -> Image:
         layer = new / "layer.tar"
         exclude = [f"--dpkgopt=path-exclude={pattern}" for pattern in UNREAD]
         packages = f"--include={','.join(BASE_PACKAGES)}"
-        run(*CONSIDERATELY, "mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", packages, *exclude, suite, str(layer))
+        run(
+            *CONSIDERATELY,
+            "mmdebstrap",
+            "--quiet",
+            "--mode=root",
+            "--variant=minbase",
+            packages,
+            *exclude,
+            suite,
+            str(layer),
+        )
         write_archive(new / "image.tar", name, layer, {"Env": [f"PATH={SEARCH_PATH}"], "Cmd": ["python3"]})
         layer.unlink()
 
@@ -120,7 +142,15 @@ def build(context: Path, target: str, base: Image | str, name: str, archive: Pat
     arguments["PIP_FIND_LINKS"] = " ".join(links)
     arguments["PIP_INDEX_URL"] = os.environ.get("PIP_INDEX_URL", "")
     buildah(
-        *("bud", "--quiet", "--isolation=chroot", "--layers", "--format=docker", f"--target={target}", f"--tag={TARGETS[target]}"),
+        *(
+            "bud",
+            "--quiet",
+            "--isolation=chroot",
+            "--layers",
+            "--format=docker",
+            f"--target={target}",
+            f"--tag={TARGETS[target]}",
+        ),
         *(f"--build-arg={key}={value}" for key, value in arguments.items() if value),
         *(f"--volume={outside}:{inside}:ro" for outside, inside in volumes.items()),
         str(context),

@@ -47,7 +47,9 @@ class Kubectl:
     def __call__(self, *arguments: str, stdin: str | None = None, timeout: float = 60) -> str:
         """What kubectl printed; KubectlError when it failed or took longer than `timeout` seconds."""
         try:
-            done = subprocess.run(self.argv(*arguments), input=stdin, capture_output=True, text=True, timeout=timeout, check=False)
+            done = subprocess.run(
+                self.argv(*arguments), input=stdin, capture_output=True, text=True, timeout=timeout, check=False
+            )
         except subprocess.TimeoutExpired as late:
             raise KubectlError(list(arguments), f"no answer within {timeout:g} s") from late
         if done.returncode:
@@ -72,7 +74,12 @@ class Kubectl:
     def apply(self, *objects: Mapping[str, Any], server_side: bool = False) -> None:
         """Creates or updates the objects."""
         documents = {"apiVersion": "v1", "kind": "List", "items": list(objects)}
-        self("apply", *(["--server-side", "--force-conflicts"] if server_side else []), "--filename=-", stdin=json.dumps(documents))
+        self(
+            "apply",
+            *(["--server-side", "--force-conflicts"] if server_side else []),
+            "--filename=-",
+            stdin=json.dumps(documents),
+        )
 
     def patch(self, kind: str, name: str, change: Mapping[str, Any], *, subresource: str = "") -> None:
         """Applies a JSON merge patch."""

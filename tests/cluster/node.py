@@ -99,7 +99,9 @@ class Node:
     def start(self, *, lifeline: int | None) -> None:
         """Makes the namespaces and the link; no component runs yet. With `lifeline` (a pipe's read end) it ends when the other end closes."""
         if str(self.state).startswith("/var/"):
-            raise ClusterError(f"{self.state} is under /var, which a node has of its own; set XDG_STATE_HOME to another folder")
+            raise ClusterError(
+                f"{self.state} is under /var, which a node has of its own; set XDG_STATE_HOME to another folder"
+            )
         with machine_lock():
             if self.state.exists():
                 self.stop()
@@ -110,8 +112,25 @@ class Node:
         with (self.state / "log/supervisor.log").open("ab") as log:
             launcher = subprocess.Popen(
                 [
-                    *("unshare", "--mount", "--propagation=private", "--uts", "--ipc", "--net", "--pid", "--fork", "--kill-child=SIGKILL"),
-                    *(sys.executable, "-I", str(SUPERVISOR), str(self.state), NODE_NAME, str(-1 if lifeline is None else lifeline)),
+                    *(
+                        "unshare",
+                        "--mount",
+                        "--propagation=private",
+                        "--uts",
+                        "--ipc",
+                        "--net",
+                        "--pid",
+                        "--fork",
+                        "--kill-child=SIGKILL",
+                    ),
+                    *(
+                        sys.executable,
+                        "-I",
+                        str(SUPERVISOR),
+                        str(self.state),
+                        NODE_NAME,
+                        str(-1 if lifeline is None else lifeline),
+                    ),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -140,7 +159,14 @@ class Node:
             ["ip", "link", "set", a.link, "up"],
             [*inside, "address", "add", f"{a.node}/24", "dev", "eth0"],
             [*inside, "link", "set", "eth0", "up"],
-            [*inside, "route", "add", a.services, "dev", "eth0"],  # kube-proxy rewrites the address only after a route was found
+            [
+                *inside,
+                "route",
+                "add",
+                a.services,
+                "dev",
+                "eth0",
+            ],  # kube-proxy rewrites the address only after a route was found
         ):
             subprocess.run(command, check=True)
 
@@ -157,7 +183,9 @@ class Node:
         wait_until(f"the end of the launcher of {self.name}", 10, self.launcher_reaped)
         wait_until(f"the loop devices of {self.name} to be free", 60, lambda: not self.loop_devices())
         wait_until(f"the cgroups {self.cgroup} to be empty", 30, lambda: remove_cgroups(self.cgroup))
-        wait_until(f"the link of {self.name} to be gone", 10, lambda: not Path("/sys/class/net", self.addresses.link).exists())
+        wait_until(
+            f"the link of {self.name} to be gone", 10, lambda: not Path("/sys/class/net", self.addresses.link).exists()
+        )
         shutil.rmtree(self.state)
 
     def launcher_reaped(self) -> bool:
@@ -171,7 +199,10 @@ class Node:
     def loop_devices(self) -> list[str]:
         """The loop devices on images of this node's volumes."""
         listed = subprocess.run(
-            ["losetup", "--list", "--noheadings", "--output", "NAME,BACK-FILE"], check=True, capture_output=True, text=True
+            ["losetup", "--list", "--noheadings", "--output", "NAME,BACK-FILE"],
+            check=True,
+            capture_output=True,
+            text=True,
         )
         return [line.split()[0] for line in listed.stdout.splitlines() if str(self.state) + "/" in line]
 

@@ -27,7 +27,13 @@ class Identity:
 
 def identities(addresses: Addresses) -> list[Identity]:
     """Every certificate of the cluster."""
-    api_names = ["kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local", "localhost"]
+    api_names = [
+        "kubernetes",
+        "kubernetes.default",
+        "kubernetes.default.svc",
+        "kubernetes.default.svc.cluster.local",
+        "localhost",
+    ]
     api_addresses = [addresses.node, addresses.api_service, "127.0.0.1"]
     return [
         Identity("kube-apiserver", "kube-apiserver", "", (*dns(*api_names), *ip(*api_addresses))),
@@ -75,7 +81,10 @@ def kubeconfig_of(folder: Path, identity: Identity, server: str) -> dict[str, ob
     def content(name: str) -> str:
         return base64.b64encode((folder / name).read_bytes()).decode()
 
-    user = {"client-certificate-data": content(f"{identity.file}.crt"), "client-key-data": content(f"{identity.file}.key")}
+    user = {
+        "client-certificate-data": content(f"{identity.file}.crt"),
+        "client-key-data": content(f"{identity.file}.key"),
+    }
     return {
         "apiVersion": "v1",
         "kind": "Config",

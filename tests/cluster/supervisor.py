@@ -86,7 +86,9 @@ class Supervisor:
         connection.settimeout(ORDER_SECONDS)
         try:
             order = json.loads(connection.makefile().readline())
-            action = {"start": self.start, "signal": self.signal, "wait": self.wait, "list": self.list}[order.pop("action")]
+            action = {"start": self.start, "signal": self.signal, "wait": self.wait, "list": self.list}[
+                order.pop("action")
+            ]
             answer = action(connection, **order)
         except (OSError, ValueError, KeyError, TypeError, OrderError) as error:
             answer = {"error": f"{error}" if isinstance(error, OrderError) else repr(error)}
@@ -159,7 +161,9 @@ def arrange_network() -> None:
     settings = {"ipv4/ip_forward": "1", "ipv4/conf/all/route_localnet": "1", "bridge/bridge-nf-call-iptables": "1"}
     for name, value in settings.items():
         path = Path("/proc/sys/net") / name
-        if path.exists():  # bridge/ is there only with br_netfilter; the cluster's own check of Services tells if it is missed
+        if (
+            path.exists()
+        ):  # bridge/ is there only with br_netfilter; the cluster's own check of Services tells if it is missed
             path.write_text(value)
 
 

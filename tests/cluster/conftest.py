@@ -1,0 +1,138 @@
+"""Fixtures of the tests on a real cluster.
+
+Without KUBECONFIG, a cluster of this machine is started for the run and ends with it, however the run ends. With the KUBECONFIG that
+`make cluster-up` printed, that cluster is used and left as it is, components included; with any other one, the tests that stop components are skipped.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.diagnosis import write_diagnosis
+from cluster.given import GivenCluster, named_image
+from cluster.images import product_image
+from cluster.kubectl import Kubectl
+from cluster.machine import MachineCluster
+from cluster.node import state_root
+from cluster.second_node import second_node as second_node_object
+
+Cluster = MachineCluster | GivenCluster
+CLUSTER = pytest.StashKey[Cluster]()
+KEPT = Path(__file__).parents[2] / "build/cluster-logs"
+
+
+@pytest.fixture(scope="session")
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """The cluster of this run, ready."""
+    given = os.environ.get("KUBECONFIG")
+    if given:
+        kubeconfig = Path(given).resolve()
+        ours = kubeconfig.is_relative_to(state_root())
+        found = MachineCluster(kubeconfig.relative_to(state_root()).parts[0]) if ours else GivenCluster(kubeconfig)
+        request.config.stash[CLUSTER] = found
+        yield found
+        return
+    machine = MachineCluster(f"e2e-{os.getpid()}")
+    lifeline, held = os.pipe()
+    try:
+        machine.start(lifeline=lifeline)
+        request.config.stash[CLUSTER] = machine
+        yield machine
+        if request.session.testsfailed:
+            machine.keep_logs(KEPT / "components")
+    finally:
+        machine.stop()
+        os.close(held)
+        os.close(lifeline)
+
+
+@pytest.fixture
+def machine_cluster(cluster: Cluster) -> MachineCluster:
+    """The cluster, where its components can be stopped, killed and frozen by name."""
+    if not isinstance(cluster, MachineCluster):
+        pytest.skip("needs a cluster whose components are this machine's")
+    return cluster
+
+
+@pytest.fixture(scope="session")
+def kubectl(cluster: Cluster) -> Kubectl:
+    """kubectl as the cluster's administrator."""
+    return cluster.kubectl
+
+
+@pytest.fixture
+def namespace(kubectl: Kubectl, request: pytest.FixtureRequest) -> Iterator[Kubectl]:
+    """kubectl within a new namespace (its name is `.namespace`), which is deleted afterwards."""
+    readable = re.sub("[^a-z0-9]+", "-", request.node.name.lower().removeprefix("test_"))[:40].strip("-")
+    name = f"{readable}-{uuid.uuid4().hex[:6]}"
+    kubectl("create", "namespace", name)
+    within = kubectl.within(name)
+    within.wait_for("serviceaccount", "default", lambda _: True)
+    yield within
+    kubectl.delete("namespace", name, wait=False)
+
+
+@pytest.fixture(scope="session")
+def python_image(cluster: Cluster) -> str:
+    """An image with Python and a shell."""
+    return cluster.load_base()
+
+
+@pytest.fixture(scope="session")
+def runtime_image(cluster: Cluster) -> str:
+    """The product's image for operator, Jobs and server."""
+    return load_product(cluster, "runtime")
+
+
+@pytest.fixture(scope="session")
+def client_image(cluster: Cluster) -> str:
+    """The product's image with the client library and torch."""
+    return load_product(cluster, "client")
+
+
+def load_product(cluster: Cluster, target: str) -> str:
+    named = None if isinstance(cluster, MachineCluster) else named_image(target)
+    if named:
+        return named
+    image = product_image(target)
+    cluster.load(image)
+    return image.name
+
+
+@pytest.fixture
+def run_in_cluster_network(machine_cluster: MachineCluster) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a command of this machine in the cluster's network; returns the ended process with its output."""
+
+    def run(argv: Sequence[str], *, timeout: float = 60, **options: Any) -> subprocess.CompletedProcess[str]:
+        command = machine_cluster.in_network(argv)
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, **options)
+
+    return run
+
+
+@pytest.fixture
+def second_node(kubectl: Kubectl) -> Iterator[str]:
+    """The name of a Node without a kubelet, which the scheduler may choose."""
+    with second_node_object(kubectl) as name:
+        yield name
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Adds the cluster's events to the report of a failed test, and keeps the rest in files."""
+    report = yield
+    found = item.config.stash.get(CLUSTER, None)
+    if report.failed and found is not None and "cluster" in getattr(item, "fixturenames", ()):
+        within = item.funcargs.get("namespace") if isinstance(item, pytest.Function) else None
+        folder = KEPT / item.name
+        events = write_diagnosis(found, within.namespace if isinstance(within, Kubectl) else None, folder)
+        report.sections.append(("cluster", f"{events}\nMore is in {folder}"))
+    return report
