@@ -93,7 +93,7 @@ def load() -> list[Benchmark]:
 
 
 def select(benchmarks: Iterable[Benchmark], patterns: Iterable[str]) -> Iterator[tuple[Benchmark, tuple[Row, ...]]]:
-    """The rows whose name is, starts with (up to a dot) or matches a pattern, with their benchmarks; without patterns, all.
+    """The rows whose name is, starts with (up to a dot) or matches a pattern, and their benchmarks; without any, all.
 
     Raises:
         LookupError: a pattern that fits no row.

@@ -1,0 +1,1 @@
+"""One side of one measurement each, run as a process of its own (see bench.worker)."""
