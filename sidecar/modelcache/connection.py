@@ -1,0 +1,282 @@
+"""A model's servers: which answers, what is active there, and its bytes over the fastest lane that is reachable."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING, Final
+
+from modelcache.address import Endpoint, is_repo_id, resolve
+from modelcache.deadline import Cancellation, Deadline
+from modelcache.errors import AddressError, NotReady, RevisionGone, Unavailable
+from modelcache.grpc_lane import GrpcLane
+from modelcache.http_lane import HttpLane
+from modelcache.lane import LaneBroken
+
+if TYPE_CHECKING:
+    from modelcache.http_lane import Server
+    from modelcache.lane import ByteStream
+    from modelcache_volume.v1.manifest_pb2 import Manifest
+    from modelcache_wire.v1.weights_pb2 import GetRevisionResponse
+
+__all__ = ["Connection", "PinnedSnapshot", "connect"]
+
+logger = logging.getLogger("modelcache")
+
+TOKEN_VARIABLE: Final = "MODELCACHE_TOKEN_FILE"  # noqa: S105 - the name of a variable, not a secret
+_SAY_SECONDS: Final = 10.0
+_POLL_SECONDS: Final = 0.25
+# How long a replica that failed is tried last, and HTTP is left alone where only gRPC answered.
+_AVOID_SECONDS: Final = 5.0
+_HTTP_AGAIN_SECONDS: Final = 30.0
+_NAME_SECONDS: Final = 5.0
+
+_http = HttpLane()
+
+
+class _Replica:
+    """What is known about one endpoint."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        self.grpc = GrpcLane(endpoint, _token())
+        self.http_port: int | None = None
+        self.http_failed_at = 0.0
+        self.avoided_at = 0.0
+        self._addresses: tuple[str, ...] = ()
+        self._resolved_at = 0.0
+
+    def learn(self, response: GetRevisionResponse) -> None:
+        if response.http_port != self.http_port:
+            self.http_failed_at = 0.0
+        self.http_port = response.http_port
+
+    def addresses(self) -> tuple[str, ...]:
+        """IP addresses of the host, looked up again every few seconds, since pods come and go."""
+        now = time.monotonic()
+        if not self._addresses or now - self._resolved_at > _NAME_SECONDS:
+            try:
+                found = socket.getaddrinfo(self.endpoint.host, None, type=socket.SOCK_STREAM)
+            except OSError as error:
+                raise LaneBroken(f"The name {self.endpoint.host} cannot be resolved: {error}.") from error
+            self._addresses = tuple(dict.fromkeys(str(each[4][0]) for each in found))
+            self._resolved_at = now
+        return self._addresses
+
+
+class Connection:
+    """The servers of one model, shared by everything in the process that reads from them.
+
+    Args:
+        endpoints: tried in this order; the first that answers is used until it fails.
+    """
+
+    def __init__(self, endpoints: tuple[Endpoint, ...]) -> None:
+        self.endpoints = endpoints
+        self._replicas = [_Replica(endpoint) for endpoint in endpoints]
+        self._lock = threading.Lock()
+        self._avoid: dict[Server, float] = {}
+        self.lane = "none"
+
+    def revision(self, known_digest: str, deadline: Deadline) -> GetRevisionResponse:
+        """Asks the first server that answers what is active; renews the lease of ``known_digest``.
+
+        Raises:
+            LaneBroken: none answers.
+            NotReady: a server answers, but has no active revision.
+        """
+        problem: Exception = LaneBroken("There is no server to ask.")
+        for replica in self._by_preference():
+            try:
+                response = replica.grpc.revision(known_digest, deadline)
+            except (LaneBroken, NotReady) as error:
+                self._note_failure(replica)
+                problem = error
+                continue
+            replica.learn(response)
+            return response
+        raise problem
+
+    def manifest(self, digest: str, deadline: Deadline) -> Manifest:
+        """Reads a snapshot's manifest from the first server that has it."""
+        while True:
+            problem: Exception | None = None
+            for replica in self._by_preference():
+                try:
+                    return replica.grpc.manifest(digest, deadline)
+                except (LaneBroken, RevisionGone) as error:
+                    self._note_failure(replica)
+                    problem = error
+            if isinstance(problem, RevisionGone):
+                raise problem
+            deadline.note(problem)
+            deadline.pause(_POLL_SECONDS)
+
+    def open(self, digest: str, path: str, offset: int, length: int, deadline: Deadline) -> ByteStream:
+        """Starts to read a range: over HTTP, or over gRPC where only that port is reachable."""
+        problem: LaneBroken = LaneBroken("There is no server to ask.")
+        for replica in self._by_preference():
+            try:
+                return self._open_at(replica, digest, path, offset, length, deadline)
+            except LaneBroken as error:
+                self._note_failure(replica)
+                problem = error
+        raise problem
+
+    def blame(self, error: LaneBroken) -> None:
+        """Has the replica that served last tried last for a while."""
+        logger.debug("read failed, trying elsewhere: %s", error)
+        with self._lock:
+            current = self._replicas[0]
+            current.avoided_at = time.monotonic()
+
+    def close(self) -> None:
+        """Closes the gRPC channels."""
+        for replica in self._replicas:
+            replica.grpc.close()
+
+    def _open_at(
+        self, replica: _Replica, digest: str, path: str, offset: int, length: int, deadline: Deadline
+    ) -> ByteStream:
+        if replica.http_port is None:
+            replica.learn(replica.grpc.revision(digest, deadline))
+        if replica.http_port and time.monotonic() - replica.http_failed_at > _HTTP_AGAIN_SECONDS:
+            try:
+                stream = self._open_http(replica, digest, path, offset, length, deadline)
+            except LaneBroken as error:
+                known = replica.http_port
+                replica.learn(replica.grpc.revision(digest, deadline))  # Raises when the whole server is away.
+                if replica.http_port != known:
+                    raise  # It came back on another port, which the next attempt uses.
+                replica.http_failed_at = time.monotonic()
+                logger.info("%s Reading over gRPC instead, which is slower.", error)
+            else:
+                self.lane = "http"
+                return stream
+        self.lane = "grpc"
+        return replica.grpc.open(digest, path, offset, length, deadline)
+
+    def _open_http(
+        self, replica: _Replica, digest: str, path: str, offset: int, length: int, deadline: Deadline
+    ) -> ByteStream:
+        now = time.monotonic()
+        servers = [(address, replica.http_port or 0) for address in replica.addresses()]
+        servers.sort(key=lambda server: self._avoid.get(server, 0.0) > now - _AVOID_SECONDS)
+        problem = LaneBroken(f"{replica.endpoint.host} has no address.")
+        for server in servers:
+            try:
+                return _http.open(server, digest, path, offset, length, deadline, _token())
+            except LaneBroken as error:
+                self._avoid[server] = time.monotonic()
+                problem = error
+        raise problem
+
+    def _by_preference(self) -> list[_Replica]:
+        """Replicas in the order in which they were given, those that failed lately last."""
+        with self._lock:
+            now = time.monotonic()
+            self._replicas.sort(key=lambda replica: (replica.avoided_at > now - _AVOID_SECONDS, replica.avoided_at))
+            return list(self._replicas)
+
+    def _note_failure(self, replica: _Replica) -> None:
+        with self._lock:
+            replica.avoided_at = time.monotonic()
+
+
+class PinnedSnapshot:
+    """One snapshot of a connection: what readers ask for bytes.
+
+    Attributes:
+        connection: its servers.
+        manifest: what it contains.
+        volume_path: folder of the volume on the server's machine, which may be this one.
+    """
+
+    def __init__(self, connection: Connection, manifest: Manifest, volume_path: str = "") -> None:
+        self.connection = connection
+        self.manifest = manifest
+        self.volume_path = volume_path
+
+    @property
+    def digest(self) -> str:
+        """Of its content."""
+        return self.manifest.digest
+
+    def open(self, path: str, offset: int, length: int, deadline: Deadline) -> ByteStream:
+        """Starts to read a range of a file."""
+        return self.connection.open(self.digest, path, offset, length, deadline)
+
+    def blame(self, error: LaneBroken) -> None:
+        """Says that the last stream failed."""
+        self.connection.blame(error)
+
+
+_connections: dict[tuple[Endpoint, ...], Connection] = {}
+_connections_lock = threading.Lock()
+
+
+def connect(
+    name: str, *, address: str | None = None, wait_timeout: float = 600.0, cancellation: Cancellation | None = None
+) -> PinnedSnapshot:
+    """Finds the server of ``name``, waits until it is ready, and pins what is active there now.
+
+    Args:
+        name: of the ModelCache, or a repoId (then the server must serve that repo).
+        address: ``host:port``, several separated by commas; default: MODELCACHE_ADDRESS, else ``NAME-weights:9090``.
+        wait_timeout: seconds to wait for a server that is not there yet; why is logged each 10 s.
+        cancellation: ends the wait.
+
+    Raises:
+        NotReady: still not ready after ``wait_timeout``.
+        AddressError: no address, or it serves another repository.
+    """
+    endpoints = resolve(name, address, os.environ)
+    with _connections_lock:
+        connection = _connections.setdefault(endpoints, Connection(endpoints))
+    deadline = Deadline(wait_timeout, cancellation)
+    response = _wait_for_revision(connection, name, deadline)
+    _check_name(name, response, endpoints)
+    manifest = connection.manifest(response.active.digest, Deadline(60.0, cancellation))
+    return PinnedSnapshot(connection, manifest, response.volume_path)
+
+
+def _wait_for_revision(connection: Connection, name: str, deadline: Deadline) -> GetRevisionResponse:
+    where = ", ".join(str(endpoint) for endpoint in connection.endpoints)
+    said_at = started = time.monotonic()
+    while True:
+        try:
+            response = connection.revision("", deadline)
+            if response.active.digest:
+                return response
+            problem: Exception = NotReady("it has no active revision yet")
+        except (LaneBroken, NotReady) as error:
+            problem = error
+        now = time.monotonic()
+        if now - said_at >= _SAY_SECONDS:
+            said_at = now
+            logger.warning("Waiting for %s at %s since %.0f s: %s", name or "a model", where, now - started, problem)
+        try:
+            deadline.pause(_POLL_SECONDS)
+        except Unavailable:
+            raise NotReady(
+                f"{name or 'The model'} was not ready at {where} after {deadline.seconds:g} s: {problem} "
+                f"`kubectl describe modelcache {name}` says why; `modelcache up -f …` serves it on this machine."
+            ) from problem
+
+
+def _check_name(name: str, response: GetRevisionResponse, endpoints: tuple[Endpoint, ...]) -> None:
+    """A repoId must be the one that is served; a ModelCache's name found the server already."""
+    served = response.source.repo_id
+    if is_repo_id(name) and name.removeprefix("hf://") != served.removeprefix("hf://"):
+        raise AddressError(f"{endpoints[0]} serves {served!r}, not {name!r}: correct address= or the name.")
+
+
+def _token() -> str | None:
+    path = os.environ.get(TOKEN_VARIABLE)
+    if not path:
+        return None
+    with open(path, encoding="ascii") as file:  # noqa: PTH123 - read anew each time: tokens are rotated
+        return file.read().strip()

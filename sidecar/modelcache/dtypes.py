@@ -1,0 +1,53 @@
+"""safetensors' names of element types, as torch has them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from modelcache.errors import UnsupportedModel
+
+if TYPE_CHECKING:
+    from modelcache.plan import Stored
+
+__all__ = ["torch_dtype"]
+
+_NAMES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F4": "float4_e2m1fn_x2",
+    "C64": "complex64",
+    "C128": "complex128",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+
+
+def torch_dtype(stored: Stored) -> torch.dtype:
+    """The dtype of a stored tensor.
+
+    Raises:
+        UnsupportedModel: the installed torch has no such dtype.
+    """
+    dtype = getattr(torch, _NAMES.get(stored.dtype, ""), None)
+    if not isinstance(dtype, torch.dtype):
+        raise UnsupportedModel(
+            f"Tensor {stored.name!r} is of type {stored.dtype}, which torch {torch.__version__} does not have; "
+            "modelcache.snapshot() gives the files themselves."
+        )
+    return dtype

@@ -1,0 +1,148 @@
+"""The gRPC API as the client calls it: revision, manifest, and bytes where only this port is reachable."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import grpc
+
+from modelcache.errors import AccessDenied, AddressError, FileNotInSnapshot, NotReady, RevisionGone
+from modelcache.lane import CorruptAtServer, LaneBroken
+from modelcache_volume.v1 import manifest_pb2
+from modelcache_wire.v1 import weights_pb2, weights_pb2_grpc
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from modelcache.address import Endpoint
+    from modelcache.deadline import Deadline
+
+__all__ = ["GrpcLane", "GrpcStream"]
+
+_MESSAGE_BYTES: Final = 2 * 2**20
+_CALL_SECONDS: Final = 20.0
+_REASON_KEY: Final = "modelcache-reason"
+_OPTIONS: Final = (
+    ("grpc.max_receive_message_length", 64 * 2**20),
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+_BY_REASON: Final[dict[str, tuple[type[Exception], str]]] = {
+    "REVISION_GONE": (RevisionGone, "Call refresh() to move to the revision that is active now."),
+    "NOT_READY": (NotReady, ""),
+    "CORRUPT_BLOB": (CorruptAtServer, ""),
+    "NO_SUCH_FILE": (FileNotInSnapshot, ""),
+    "OUT_OF_RANGE": (FileNotInSnapshot, ""),
+}
+_BY_CODE: Final[dict[grpc.StatusCode, tuple[type[Exception], str]]] = {
+    grpc.StatusCode.DATA_LOSS: (CorruptAtServer, ""),
+    grpc.StatusCode.UNAUTHENTICATED: (AccessDenied, "Give a token that the server accepts."),
+    grpc.StatusCode.PERMISSION_DENIED: (AccessDenied, "Give a token that the server accepts."),
+    grpc.StatusCode.UNIMPLEMENTED: (AddressError, "It is no weight server."),
+}
+
+
+class GrpcStream:
+    """Bytes of one Read call."""
+
+    def __init__(self, lane: GrpcLane, call: Iterator[weights_pb2.ReadResponse], deadline: Deadline) -> None:
+        self._lane = lane
+        self._call = call
+        self._deadline = deadline
+        self._rest = memoryview(b"")
+        deadline.cancellation.attach(self)
+
+    def read_into(self, view: memoryview) -> int:
+        """Copies up to ``len(view)`` bytes (at least one) and returns how many.
+
+        Raises:
+            LaneBroken: the call failed.
+        """
+        while not self._rest:
+            try:
+                self._rest = memoryview(next(self._call).data)
+            except StopIteration as error:
+                raise LaneBroken(f"{self._lane.endpoint} ended a Read call early.") from error
+            except grpc.RpcError as error:
+                self._deadline.remaining()
+                raise self._lane.translate(error) from error
+        count = min(len(view), len(self._rest))
+        view[:count] = self._rest[:count]
+        self._rest = self._rest[count:]
+        return count
+
+    def abort(self) -> None:
+        """Cancels the call from another thread."""
+        self._call.cancel()  # type: ignore[attr-defined]
+
+    def close(self) -> None:
+        """Ends the call."""
+        self._deadline.cancellation.detach(self)
+        self.abort()
+
+    discard = close
+
+
+class GrpcLane:
+    """One server's (or one name's) gRPC API.
+
+    Args:
+        endpoint: where it listens.
+        token: gives the bearer token for each call; None: none is sent.
+    """
+
+    def __init__(self, endpoint: Endpoint, token: str | None = None) -> None:
+        self.endpoint = endpoint
+        self._channel = grpc.insecure_channel(str(endpoint), options=_OPTIONS)
+        self._stub = weights_pb2_grpc.WeightsStub(self._channel)
+        self._metadata = (("authorization", f"Bearer {token}"),) if token else None
+
+    def revision(self, known_digest: str, deadline: Deadline) -> weights_pb2.GetRevisionResponse:
+        """What is active, and whether ``known_digest`` (whose lease this renews) can be read."""
+        request = weights_pb2.GetRevisionRequest(known_digest=known_digest)
+        try:
+            response: weights_pb2.GetRevisionResponse = self._stub.GetRevision(
+                request, timeout=min(_CALL_SECONDS, deadline.remaining()), metadata=self._metadata
+            )
+        except grpc.RpcError as error:
+            raise self.translate(error) from error
+        return response
+
+    def manifest(self, digest: str, deadline: Deadline) -> manifest_pb2.Manifest:
+        """The manifest of a snapshot ("" for the active one)."""
+        request = weights_pb2.GetManifestRequest(digest=digest) if digest else weights_pb2.GetManifestRequest(ref="")
+        manifest = manifest_pb2.Manifest()
+        try:
+            for part in self._stub.GetManifest(request, timeout=deadline.remaining(), metadata=self._metadata):
+                manifest.MergeFrom(part.part)
+        except grpc.RpcError as error:
+            raise self.translate(error) from error
+        return manifest
+
+    def open(self, digest: str, path: str, offset: int, length: int, deadline: Deadline) -> GrpcStream:
+        """Asks for bytes of a file."""
+        request = weights_pb2.ReadRequest(
+            digest=digest,
+            ranges=[weights_pb2.Range(path=path, offset=offset, length=length)],
+            max_message_bytes=_MESSAGE_BYTES,
+        )
+        call = self._stub.Read(request, timeout=deadline.remaining(), metadata=self._metadata)
+        return GrpcStream(self, call, deadline)
+
+    def close(self) -> None:
+        """Closes the channel."""
+        self._channel.close()
+
+    def translate(self, error: grpc.RpcError) -> Exception:
+        """The exception of this package that says what ``error`` means."""
+        if not isinstance(error, grpc.Call):
+            return LaneBroken(f"{self.endpoint}: {error}")
+        code = error.code()
+        trailing: Any = error.trailing_metadata() or ()
+        reason = next((str(value) for key, value in trailing if key == _REASON_KEY), "")
+        message = f"{self.endpoint} answered {code.name} {reason}: {error.details()}"
+        kind, advice = _BY_REASON.get(reason) or _BY_CODE.get(code) or (LaneBroken, "")
+        return kind(f"{message} {advice}".rstrip())

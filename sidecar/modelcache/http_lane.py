@@ -1,0 +1,226 @@
+"""Ranges over HTTP/1.1 on blocking sockets, received straight into the tensor's memory.
+
+Blocking sockets with ``SO_RCVTIMEO`` keep ``MSG_WAITALL`` working (Python's own timeouts make a socket non-blocking),
+so a megabyte is one system call, made without the interpreter lock. Connections are kept alive and shared by all models
+of the process. Protocol: RFC 9110 section 14 (Range), RFC 9112.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+import struct
+import threading
+from collections import defaultdict
+from typing import TYPE_CHECKING, Final
+from urllib.parse import quote
+
+from modelcache.errors import AccessDenied, FileNotInSnapshot, RevisionGone
+from modelcache.lane import CorruptAtServer, LaneBroken
+
+if TYPE_CHECKING:
+    from modelcache.deadline import Deadline
+
+__all__ = ["HttpLane", "HttpStream"]
+
+STALL_SECONDS: Final = 20.0
+CONNECT_SECONDS: Final = 5.0
+_HEADER_BYTES: Final = 16 * 2**10
+_FIRST_READ: Final = 1024
+_IDLE_PER_SERVER: Final = 8
+
+Server = tuple[str, int]
+
+
+class HttpStream:
+    """The body of one range response.
+
+    Attributes:
+        server: who sends it.
+    """
+
+    def __init__(self, lane: HttpLane, server: Server, connection: socket.socket, deadline: Deadline) -> None:
+        self.server = server
+        self._lane = lane
+        self._socket = connection
+        self._deadline = deadline
+        self._left = 0
+        self._early = memoryview(b"")
+        deadline.cancellation.attach(self)
+
+    def request(self, target: str, host: str, offset: int, length: int, token: str | None) -> None:
+        """Sends the request and reads the response's head."""
+        authorization = f"Authorization: Bearer {token}\r\n" if token else ""
+        head = (
+            f"GET {target} HTTP/1.1\r\nHost: {host}\r\nRange: bytes={offset}-{offset + length - 1}\r\n"
+            f"Accept-Encoding: identity\r\n{authorization}\r\n"
+        )
+        try:
+            self._set_timeout()
+            self._socket.sendall(head.encode("ascii"))
+            status, headers, early = self._head()
+        except OSError as error:
+            raise self._broken(error) from error
+        if status != 206 and not (status == 200 and offset == 0):
+            self._refuse(status, headers, early)
+        self._left = int(headers.get("content-length", "-1"))
+        self._early = early
+        if self._left != length or len(early) > length:
+            raise LaneBroken(f"{self._name()} sent {self._left} bytes where {length} were asked for.")
+
+    def read_into(self, view: memoryview) -> int:
+        """Receives up to ``len(view)`` bytes (at least one) and returns how many.
+
+        Raises:
+            LaneBroken: the connection broke or stalled.
+        """
+        if self._early:
+            count = min(len(view), len(self._early))
+            view[:count] = self._early[:count]
+            self._early = self._early[count:]
+        else:
+            want = min(len(view), self._left)
+            try:
+                count = self._socket.recv_into(view, want, socket.MSG_WAITALL)
+            except BlockingIOError as error:
+                self._deadline.remaining()
+                raise LaneBroken(f"{self._name()} sent nothing for {STALL_SECONDS:g} s.") from error
+            except OSError as error:
+                raise self._broken(error) from error
+            if count == 0:
+                raise self._broken("it closed the connection")
+        self._left -= count
+        return count
+
+    def abort(self) -> None:
+        """Breaks the connection from another thread: a blocked ``read_into`` returns."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Gives the connection back for the next request, or closes it when the body was not read to its end."""
+        self._deadline.cancellation.detach(self)
+        if self._left == 0 and not self._early and not self._deadline.cancellation.cancelled:
+            self._lane.give_back(self.server, self._socket)
+        else:
+            self._socket.close()
+
+    def discard(self) -> None:
+        """Closes the connection."""
+        self._left = -1
+        self.close()
+
+    def _head(self) -> tuple[int, dict[str, str], memoryview]:
+        received = bytearray()
+        while True:
+            chunk = self._socket.recv(_FIRST_READ)
+            if not chunk:
+                raise ConnectionResetError("it closed the connection")
+            received += chunk
+            end = received.find(b"\r\n\r\n")
+            if end >= 0:
+                break
+            if len(received) > _HEADER_BYTES:
+                raise LaneBroken(f"{self._name()} does not speak HTTP.")
+        lines = received[:end].decode("latin-1").split("\r\n")
+        match = re.fullmatch(r"HTTP/1\.[01] (\d{3})(?: .*)?", lines[0])
+        if match is None:
+            raise LaneBroken(f"{self._name()} does not speak HTTP.")
+        headers = {}
+        for line in lines[1:]:
+            name, _, value = line.partition(":")
+            headers[name.strip().lower()] = value.strip()
+        return int(match[1]), headers, memoryview(bytes(received[end + 4 :]))
+
+    def _refuse(self, status: int, headers: dict[str, str], early: memoryview) -> None:
+        code = headers.get("x-error-code", "")
+        said = headers.get("x-error-message") or bytes(early[:300]).decode("utf-8", "replace").strip()
+        message = f"{self._name()} answered {status} {code}: {said}".rstrip(": ")
+        if status == 404 and code == "RevisionGone":
+            raise RevisionGone(f"{message} Call refresh() to move to the revision that is active now.")
+        if status == 404:
+            raise FileNotInSnapshot(message)
+        if status in {401, 403}:
+            raise AccessDenied(f"{message} Give a token that the server accepts.")
+        if code == "CorruptBlob":
+            raise CorruptAtServer(message)
+        raise LaneBroken(message)
+
+    def _set_timeout(self) -> None:
+        seconds = min(self._deadline.remaining(), STALL_SECONDS)
+        whole = int(seconds)
+        timeval = struct.pack("ll", whole, int((seconds - whole) * 1e6) + 1)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+
+    def _broken(self, why: object) -> LaneBroken:
+        self._deadline.remaining()
+        return LaneBroken(f"The connection to {self._name()} broke: {why}.")
+
+    def _name(self) -> str:
+        return f"http://{self.server[0]}:{self.server[1]}"
+
+
+class HttpLane:
+    """Connections to weight servers, kept alive between requests and shared between models and threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._idle: defaultdict[Server, list[socket.socket]] = defaultdict(list)
+
+    def open(
+        self, server: Server, digest: str, path: str, offset: int, length: int, deadline: Deadline, token: str | None
+    ) -> HttpStream:
+        """Asks ``server`` for bytes of a file of a snapshot.
+
+        Raises:
+            LaneBroken: the server cannot be reached, or not just now.
+            RevisionGone: the digest is not on its volume.
+            FileNotInSnapshot: the snapshot has no such file.
+        """
+        target = f"/v1/snapshots/{digest}/{quote(path)}"
+        while True:
+            connection, fresh = self._connection(server, deadline)
+            stream = HttpStream(self, server, connection, deadline)
+            try:
+                stream.request(target, f"{server[0]}:{server[1]}", offset, length, token)
+            except LaneBroken:
+                stream.discard()
+                if fresh:
+                    raise
+                continue  # The server may have closed a connection that was idle; that is no failure of the server.
+            except BaseException:
+                stream.discard()
+                raise
+            return stream
+
+    def give_back(self, server: Server, connection: socket.socket) -> None:
+        """Keeps a connection whose response was read to its end."""
+        with self._lock:
+            idle = self._idle[server]
+            if len(idle) < _IDLE_PER_SERVER:
+                idle.append(connection)
+                return
+        connection.close()
+
+    def close(self) -> None:
+        """Closes the idle connections."""
+        with self._lock:
+            idle = [connection for connections in self._idle.values() for connection in connections]
+            self._idle.clear()
+        for connection in idle:
+            connection.close()
+
+    def _connection(self, server: Server, deadline: Deadline) -> tuple[socket.socket, bool]:
+        with self._lock:
+            idle = self._idle[server]
+            if idle:
+                return idle.pop(), False
+        try:
+            connection = socket.create_connection(server, timeout=min(CONNECT_SECONDS, deadline.remaining()))
+        except OSError as error:
+            raise LaneBroken(f"http://{server[0]}:{server[1]} cannot be reached: {error}.") from error
+        connection.settimeout(None)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return connection, True

@@ -1,0 +1,227 @@
+"""Loads components in background threads: two at a time, the most urgent first, each at most once."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from modelcache.deadline import Cancellation, Deadline
+from modelcache.dtypes import torch_dtype
+from modelcache.errors import Cancelled
+from modelcache.reader import read_run
+from modelcache.sketch import Leaf, evaluate
+
+if TYPE_CHECKING:
+    from modelcache.architecture import Component
+    from modelcache.buffers import Lease, SlabPool
+    from modelcache.plan import Run, Stored
+    from modelcache.reader import Source
+
+__all__ = ["Load", "Loader", "assemble", "tensor_at"]
+
+
+class Load:
+    """One component on its way.
+
+    Attributes:
+        component: what is loaded.
+        tensors: one for each binding, once ``done`` is set without an error.
+        error: why it failed.
+        done: set when it has succeeded or failed.
+    """
+
+    def __init__(self, component: Component, source: Source, seconds: float) -> None:
+        self.component = component
+        self.tensors: list[torch.Tensor] = []
+        self.error: BaseException | None = None
+        self.done = threading.Event()
+        self.source = source
+        self.seconds = seconds
+        self.deadline: Deadline | None = None
+        self.wire_bytes = 0
+        layouts = (component.layout, component.scratch)
+        self._runs = [(run, index) for index, layout in enumerate(layouts) for run in layout.runs]
+        self._left = max(1, len(self._runs))
+        self._lock = threading.Lock()
+        self._leases: list[Lease | None] = []
+
+    def next_run(self) -> tuple[Run, int] | None:
+        """A run that nobody has started, with the index of its layout (0: main, 1: scratch); None: there is none."""
+        return self._runs.pop(0) if self._runs else None
+
+    def memory(self, index: int, pool: SlabPool, cancellation: Cancellation) -> memoryview:
+        """The slab of the layout ``index``, taken when it is first needed."""
+        with self._lock:
+            if self.deadline is None:
+                self.deadline = Deadline(self.seconds, cancellation)
+            if not self._leases:
+                layouts = (self.component.layout, self.component.scratch)
+                self._leases = [pool.take(layout.nbytes) if layout.runs else None for layout in layouts]
+            lease = self._leases[index]
+        if lease is None:
+            raise Cancelled("The layer is not needed any more.")
+        return lease.view()
+
+    def finish_run(self, received: int) -> bool:
+        """Counts one run as done; True when it was the last."""
+        with self._lock:
+            self.wire_bytes += received
+            self._left -= 1
+            return self._left == 0 and self.error is None
+
+    def complete(self) -> None:
+        """Makes the tensors from what was received."""
+        main, scratch = self._leases or (None, None)
+        self.tensors = assemble(self.component, main, scratch)
+        self._leases = []
+        self.done.set()
+
+    def fail(self, error: BaseException) -> None:
+        """Ends the load with an error, unless it has one."""
+        with self._lock:
+            self._runs = []
+            if self.error is None:
+                self.error = error
+            self._leases = [None, None]
+        self.done.set()
+
+
+class Loader:
+    """Background threads that read from one source; they end with ``close`` and hold no model alive.
+
+    Args:
+        pool: where memory comes from.
+        workers: connections, and threads, that read at once.
+        name: of the threads.
+    """
+
+    def __init__(self, pool: SlabPool, *, workers: int = 2, name: str = "modelcache") -> None:
+        self.pool = pool
+        self.cancellation = Cancellation()
+        self._condition = threading.Condition()
+        self._queue: list[tuple[int, int, Load]] = []
+        self._count = itertools.count()
+        self._name = name
+        self._workers = workers
+        self._threads: list[threading.Thread] = []
+
+    def submit(self, load: Load, *, urgent: bool = False) -> None:
+        """Starts to load; urgent loads come before all others."""
+        with self._condition:
+            if self.cancellation.cancelled:
+                load.fail(Cancelled("The model was cleaned up; create it anew to go on."))
+                return
+            self._queue.append((0 if urgent else 1, next(self._count), load))
+            self._queue.sort(key=lambda item: item[:2])
+            while len(self._threads) < self._workers:
+                number = len(self._threads)
+                thread = threading.Thread(target=self._work, name=f"{self._name}-{number}", daemon=True)
+                self._threads.append(thread)
+                thread.start()
+            self._condition.notify_all()
+
+    def hurry(self, load: Load) -> None:
+        """Moves a load that somebody waits for to the front."""
+        with self._condition:
+            self._queue = [(0 if each is load else rank, count, each) for rank, count, each in self._queue]
+            self._queue.sort(key=lambda item: item[:2])
+
+    def drop(self, load: Load) -> None:
+        """Takes a load out that nobody needs any more; what is under way of it is finished and thrown away."""
+        with self._condition:
+            self._queue = [item for item in self._queue if item[2] is not load]
+        load.fail(Cancelled("The layer is not needed any more."))
+
+    def close(self) -> None:
+        """Breaks off what is under way and ends the threads."""
+        self.cancellation.cancel()
+        with self._condition:
+            queued, self._queue = self._queue, []
+            threads, self._threads = self._threads, []
+            self._condition.notify_all()
+        for _, _, load in queued:
+            load.fail(Cancelled("The model was cleaned up; create it anew to go on."))
+        for thread in threads:
+            if thread is not threading.current_thread():
+                thread.join()
+
+    def _work(self) -> None:
+        while (item := self._next()) is not None:
+            load, run, index = item
+            self._read(load, run, index)
+            del item, load  # A waiting thread must keep no component, and so no model, alive.
+
+    def _next(self) -> tuple[Load, Run | None, int] | None:
+        with self._condition:
+            while True:
+                if self.cancellation.cancelled:
+                    return None
+                while self._queue:
+                    load = self._queue[0][2]
+                    empty = load.component.layout.runs == () and load.component.scratch.runs == ()
+                    run = load.next_run()
+                    if run is not None:
+                        return load, *run
+                    self._queue.pop(0)
+                    if empty and not load.done.is_set():
+                        return load, None, 0
+                    del load
+                self._condition.wait()
+
+    def _read(self, load: Load, run: Run | None, index: int) -> None:
+        try:
+            received = 0
+            if run is not None:
+                memory = load.memory(index, self.pool, self.cancellation)
+                if load.deadline is not None:
+                    received = read_run(load.source, run, memory, load.deadline)
+            if load.finish_run(received):
+                load.complete()
+        except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits for this load
+            load.fail(error)
+
+
+def assemble(component: Component, main: Lease | None, scratch: Lease | None) -> list[torch.Tensor]:
+    """Makes a component's tensors over the memory that was filled.
+
+    Args:
+        component: with its bindings and layouts.
+        main: the slab of the component's layout; None: nothing lies in it.
+        scratch: the slab of what is converted; None: nothing is.
+
+    Returns:
+        One tensor for each binding: parameters for parameters, plain tensors for buffers.
+    """
+    made: list[torch.Tensor] = []
+
+    def converted(stored: Stored) -> torch.Tensor:
+        return tensor_at(stored, component.scratch.offsets.get(stored.place, 0), scratch)
+
+    for binding in component.bindings:
+        meta = binding.meta
+        if isinstance(binding.expression, Leaf):
+            stored = binding.expression.stored
+            tensor = tensor_at(stored, component.layout.offsets.get(stored.place, 0), main)
+        elif binding.fusion is not None and main is not None:
+            start = component.layout.fused[binding.fusion]
+            flat = torch.frombuffer(main.array, dtype=meta.dtype, count=meta.numel(), offset=start)
+            tensor = flat.view(meta.shape)
+        else:
+            tensor = evaluate(binding.expression, converted)
+        made.append(nn.Parameter(tensor, requires_grad=False) if binding.parameter else tensor)
+    return made
+
+
+def tensor_at(stored: Stored, offset: int, lease: Lease | None) -> torch.Tensor:
+    """A tensor over the bytes of ``stored`` that lie at ``offset`` of a slab."""
+    dtype = torch_dtype(stored)
+    if not stored.length or lease is None:
+        return torch.empty(stored.shape, dtype=dtype)
+    flat = torch.frombuffer(lease.array, dtype=dtype, count=stored.length // dtype.itemsize, offset=offset)
+    if stored.strides is None:
+        return flat.view(stored.shape)
+    return flat.as_strided(stored.shape, stored.strides)

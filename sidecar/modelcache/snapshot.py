@@ -1,0 +1,110 @@
+"""The files of a snapshot as a folder, for tokenizers and for programs that read files themselves."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from modelcache.connection import connect
+from modelcache.deadline import Deadline
+from modelcache.errors import FileNotInSnapshot
+from modelcache.files import select_files, stream_file
+from modelcache_volume import validate_path
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from modelcache.connection import PinnedSnapshot
+    from modelcache_volume.v1.manifest_pb2 import File
+
+__all__ = ["download", "snapshot"]
+
+HOME_VARIABLE = "MODELCACHE_HOME"
+
+
+def snapshot(
+    name: str = "",
+    *,
+    allow_patterns: Sequence[str] | str | None = None,
+    ignore_patterns: Sequence[str] | str | None = None,
+    local_dir: str | os.PathLike[str] | None = None,
+    address: str | None = None,
+    wait_timeout: float = 600.0,
+    timeout: float = 120.0,
+) -> Path:
+    """Gives the files of what is active now, each checked against its sha256; no hub is asked.
+
+    Files that are there already, and right, are not sent again.
+
+    Args:
+        name: of the ModelCache, or its repoId.
+        allow_patterns: shell wildcards; None: all files.
+        ignore_patterns: shell wildcards of files to leave out.
+        local_dir: where to put them; None: ``$MODELCACHE_HOME/snapshots/DIGEST`` (``~/.cache/modelcache``).
+        address: ``host:port``; default: MODELCACHE_ADDRESS, else ``NAME-weights:9090``.
+        wait_timeout: seconds to wait for a server that is not ready yet.
+        timeout: seconds without a byte.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileNotInSnapshot: no file matches the patterns.
+        IntegrityError: a file differs from what was published; it is not in the folder.
+        Unavailable: no server delivered for ``timeout`` seconds.
+
+    Example:
+        >>> tokenizer = AutoTokenizer.from_pretrained(snapshot("bert-base", allow_patterns=["*.json", "*.txt"]))
+    """
+    pinned = connect(name, address=address, wait_timeout=wait_timeout)
+    folder = Path(local_dir) if local_dir is not None else default_home() / "snapshots" / pinned.digest
+    files = select_files(pinned.manifest, _listed(allow_patterns), _listed(ignore_patterns))
+    if not files:
+        raise FileNotInSnapshot(
+            f"No file of {name or pinned.digest[:12]} matches {allow_patterns!r}; "
+            f"there are {', '.join(file.path for file in pinned.manifest.files[:8])}."
+        )
+    for file in files:
+        download(pinned, file, folder, timeout)
+    return folder
+
+
+def download(pinned: PinnedSnapshot, file: File, folder: Path, timeout: float) -> Path:
+    """Puts one file of a snapshot in a folder, by rename once it is complete and right; returns its path."""
+    target = folder / validate_path(file.path)
+    if _is_right(target, file):
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, part = tempfile.mkstemp(prefix=f".{target.name[:100]}.", dir=target.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as out:
+            stream_file(pinned, file, out.write, Deadline(timeout))
+        Path(part).chmod(0o644)
+        Path(part).replace(target)
+    except BaseException:
+        Path(part).unlink(missing_ok=True)
+        raise
+    return target
+
+
+def default_home() -> Path:
+    """Where files are kept unless said otherwise."""
+    given = os.environ.get(HOME_VARIABLE)
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modelcache"
+
+
+def _is_right(path: Path, file: File) -> bool:
+    try:
+        if path.is_symlink() or path.stat().st_size != file.size:
+            return False
+        with path.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").digest() == file.sha256
+    except FileNotFoundError:
+        return False
+
+
+def _listed(patterns: Sequence[str] | str | None) -> Sequence[str] | None:
+    return [patterns] if isinstance(patterns, str) else patterns

@@ -1,0 +1,383 @@
+"""Any transformers model whose layers arrive while it computes."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+from modelcache.architecture import Architecture, build
+from modelcache.cache import ComponentCache
+from modelcache.connection import PinnedSnapshot, connect
+from modelcache.deadline import Deadline
+from modelcache.hooks import guard, stream_block, time_calls
+from modelcache.layers import LayerPolicy
+from modelcache.lease import LeaseKeeper
+from modelcache.loader import Loader
+from modelcache.plan import select_tensors
+from modelcache.pretrained import load_pretrained
+from modelcache.process import pool
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import TracebackType
+
+    from transformers import PreTrainedModel
+
+__all__ = ["StreamingModel"]
+
+
+class _Session:
+    """One snapshot of a model: its modules, its layer cache, its lease."""
+
+    def __init__(self, snapshot: PinnedSnapshot, architecture: Architecture, cache: ComponentCache) -> None:
+        self.snapshot = snapshot
+        self.architecture = architecture
+        self.cache = cache
+        self.keeper = LeaseKeeper(snapshot)
+        self._lock = threading.Lock()
+        self._calls = 0
+        self._closing = False
+
+    def enter(self) -> None:
+        with self._lock:
+            self._calls += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._calls -= 1
+            last = self._closing and self._calls == 0
+        if last:
+            self.close()
+
+    def close_when_idle(self) -> None:
+        """Closes it as soon as no forward pass runs on it."""
+        with self._lock:
+            self._closing = True
+            idle = self._calls == 0
+        if idle:
+            self.close()
+
+    def close(self) -> None:
+        self.cache.close()
+        self.keeper.close()
+
+
+class StreamingModel:
+    """A transformers model whose layers are read from a weight server when they are needed.
+
+    The result is the one of transformers' ``from_pretrained`` of the same files, bit for bit, in eval mode. The model
+    is pinned to the snapshot that was active when it was made; ``refresh()`` moves it to the one that is active now.
+
+    Args:
+        model_name: name of the ModelCache (``bert-base`` is served at ``bert-base-weights:9090``), or its repoId.
+        auto_class: an Auto class or model class of transformers, or the name of one.
+        cache_size: how many layers stay in memory; None: all.
+        address: ``host:port``, several separated by commas; default: the environment's MODELCACHE_ADDRESS.
+        cache_bytes: how many bytes of layers stay in memory, instead of or beside cache_size.
+        prefetch_count: how many layers are read ahead, on top of those that stay.
+        wait_timeout: seconds to wait for a server that is not ready yet.
+        timeout: seconds that reading one layer may take, whatever happens to servers meanwhile.
+        subfolder: of config and weights in the repo.
+        variant: of the weights (``fp16``).
+        model_args: as for ``from_pretrained``: dtype, attn_implementation, attributes of the config.
+
+    Attributes:
+        model: the transformers model; layers that are not loaded have their parameters on meta.
+        config: its config.
+
+    Raises:
+        NotReady: there is no server until wait_timeout.
+        MissingWeights: the class has weights that the snapshot lacks.
+        UnsupportedModel: it cannot be streamed; the message says what works.
+
+    Example:
+        >>> with StreamingModel("llama-3b", auto_class="AutoModelForCausalLM", cache_size=4) as model:
+        ...     tokens = model.generate(**tokenizer("Once", return_tensors="pt"))
+    """
+
+    def __init__(
+        self,
+        model_name: str = "",
+        auto_class: str | type = "AutoModel",
+        *,
+        cache_size: int | None = 3,
+        address: str | None = None,
+        cache_bytes: int | None = None,
+        prefetch_count: int = 2,
+        wait_timeout: float = 600.0,
+        timeout: float = 120.0,
+        subfolder: str = "",
+        variant: str = "",
+        **model_args: Any,
+    ) -> None:
+        _check_limits(cache_size, cache_bytes, prefetch_count)
+        self.model_name = model_name
+        self._auto_class = auto_class
+        self._max_layers = cache_size
+        self._max_bytes = cache_bytes
+        self._ahead = prefetch_count
+        self._timeout = timeout
+        self._where = {"subfolder": subfolder, "variant": variant}
+        self._model_args = model_args
+        self._seconds = 0.0
+        self._inferences = 0
+        self._statistics_lock = threading.Lock()
+        self._session = self._open(connect(model_name, address=address, wait_timeout=wait_timeout))
+        self._finalizer = weakref.finalize(self, self._session.close)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The transformers model itself."""
+        return self._session.architecture.model
+
+    @property
+    def config(self) -> Any:
+        """The model's config."""
+        return self.model.config
+
+    @property
+    def digest(self) -> str:
+        """Of the snapshot that the model is pinned to."""
+        return self._session.snapshot.digest
+
+    @property
+    def active_digest(self) -> str:
+        """Of the snapshot that was active when the server was last asked."""
+        return self._session.keeper.active_digest
+
+    @property
+    def cache_size(self) -> int | None:
+        """How many layers stay in memory; None: all. Can be set at any time."""
+        return self._max_layers
+
+    @cache_size.setter
+    def cache_size(self, value: int | None) -> None:
+        _check_limits(value, self._max_bytes, self._ahead)
+        self._max_layers = value
+        self._session.cache.resize(max_layers=value, max_bytes=self._max_bytes)
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """How many bytes of layers stay in memory; None: no limit. Can be set at any time."""
+        return self._max_bytes
+
+    @cache_bytes.setter
+    def cache_bytes(self, value: int | None) -> None:
+        _check_limits(self._max_layers, value, self._ahead)
+        self._max_bytes = value
+        self._session.cache.resize(max_layers=self._max_layers, max_bytes=value)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the model's forward pass; arguments and result are those of the transformers model."""
+        return self._run(lambda model: model(*args, **kwargs))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The same as calling the model."""
+        return self(*args, **kwargs)
+
+    async def forward_async(
+        self, *args: Any, enable_prefetch: bool = True, prefetch_count: int | None = None, **kwargs: Any
+    ) -> Any:
+        """Runs the forward pass in a thread, so that the event loop goes on.
+
+        Args:
+            args: of the transformers model.
+            enable_prefetch: whether layers are read ahead.
+            prefetch_count: how many; None: as the model was made with.
+            kwargs: of the transformers model.
+        """
+        ahead = self._ahead if prefetch_count is None else prefetch_count
+        self._session.cache.policy.ahead = ahead if enable_prefetch else 0
+        return await asyncio.to_thread(self, *args, **kwargs)
+
+    async def warmup(self, layer_indices: Sequence[int] | None = None) -> None:
+        """Loads layers ahead of the first pass.
+
+        Args:
+            layer_indices: which; None: as many as the cache keeps.
+        """
+        cache = self._session.cache
+        names = list(cache.blocks)
+        chosen = names[: self._max_layers] if layer_indices is None else [names[index] for index in layer_indices]
+        await asyncio.to_thread(self._load_ahead, chosen)
+
+    async def prefetch_next_layers(self, current_layer: int, prefetch_count: int = 2) -> None:
+        """Starts to read the layers after ``current_layer``; at most as many as fit beside those that stay."""
+        names = list(self._session.cache.blocks)
+        following = [names[(current_layer + step) % len(names)] for step in range(1, prefetch_count + 1)]
+        self._session.cache.prefetch_named(following)
+
+    def get_inference_stats(self) -> dict[str, Any]:
+        """Counts and times since the model was made.
+
+        Returns:
+            total_inferences, avg_inference_time (seconds), cache_hit_rate (hits by all uses of layers, 0 to 1),
+            cache_hits, prefetch_hits, cache_misses, wait_time (seconds that passes waited for layers), bytes_received,
+            lane ("http", "grpc", "volume").
+        """
+        counts = self._session.cache.statistics
+        uses = counts.hits + counts.prefetched + counts.misses
+        with self._statistics_lock:
+            inferences, seconds = self._inferences, self._seconds
+        return {
+            "total_inferences": inferences,
+            "avg_inference_time": seconds / inferences if inferences else 0.0,
+            "total_inference_time": seconds,
+            "cache_hit_rate": counts.hits / uses if uses else 0.0,
+            "cache_hits": counts.hits,
+            "prefetch_hits": counts.prefetched,
+            "cache_misses": counts.misses,
+            "wait_time": counts.waited_seconds,
+            "bytes_received": self._session.cache.wire_bytes(),
+            "lane": self._session.snapshot.connection.lane,
+        }
+
+    def get_cache_info(self) -> dict[str, Any]:
+        """What is in memory now.
+
+        Returns:
+            cached_components, prefetched_components, resident_components (names), memory_usage_mb (MiB), cache_size
+            (layers that are in it), max_cache_size (None: all), max_cache_bytes, access_order (names, oldest use
+            first), digest.
+        """
+        cache = self._session.cache
+        used, ahead = cache.contents()
+        return {
+            "cached_components": used,
+            "prefetched_components": ahead,
+            "resident_components": list(cache.resident),
+            "memory_usage_mb": cache.held_bytes() / 2**20,
+            "cache_size": len(used),
+            "max_cache_size": self._max_layers,
+            "max_cache_bytes": self._max_bytes,
+            "access_order": used,
+            "digest": self.digest,
+        }
+
+    def clear_cache(self) -> None:
+        """Drops every layer that no forward pass uses now."""
+        self._session.cache.clear()
+
+    def refresh(self, *, timeout: float = 60.0) -> bool:
+        """Moves to the snapshot that is active now; passes that run finish on the old one.
+
+        Returns:
+            Whether it was another one. ``model`` is then another object.
+        """
+        connection = self._session.snapshot.connection
+        response = connection.revision(self.digest, Deadline(timeout))
+        if response.active.digest == self.digest:
+            return False
+        manifest = connection.manifest(response.active.digest, Deadline(timeout))
+        old = self._session
+        self._session = self._open(PinnedSnapshot(connection, manifest, response.volume_path))
+        self._finalizer.detach()
+        self._finalizer = weakref.finalize(self, self._session.close)
+        old.close_when_idle()
+        return True
+
+    def cleanup(self) -> None:
+        """Ends all threads and gives the memory back; the model cannot be used afterwards."""
+        self._finalizer()
+        pool.trim(pool.keep_bytes)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cleanup()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await asyncio.to_thread(self.cleanup)
+
+    def __getattr__(self, name: str) -> Any:
+        """Everything else (generate, get_input_embeddings, …) is the transformers model's."""
+        if name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        attribute = getattr(self.model, name)
+        self._session.cache.wait_for_resident()
+        if callable(attribute) and not isinstance(attribute, torch.nn.Module):
+            return functools.partial(self._run_method, name)
+        return attribute
+
+    def __repr__(self) -> str:
+        cache = self._session.cache
+        used, _ = cache.contents()
+        limit = "all" if self._max_layers is None else self._max_layers
+        here = f"{len(used)} of {len(cache.blocks)} layers here (cache_size {limit})"
+        return (
+            f"<{type(self).__name__} {self.model_name!r} {type(self.model).__name__} {self.digest[:12]}: "
+            f"{here}, {cache.held_bytes() / 2**20:.0f} MiB>"
+        )
+
+    def _run_method(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        return self._run(lambda model: getattr(model, name)(*args, **kwargs))
+
+    def _run(self, call: Callable[[PreTrainedModel], Any]) -> Any:
+        session = self._session
+        session.enter()
+        try:
+            session.cache.wait_for_resident()
+            with torch.no_grad():
+                return call(session.architecture.model)
+        finally:
+            session.leave()
+
+    def _load_ahead(self, names: list[str]) -> None:
+        self._session.cache.wait_for_resident()
+        self._session.cache.load_ahead(names)
+
+    def _note_inference(self, seconds: float) -> None:
+        with self._statistics_lock:
+            self._inferences += 1
+            self._seconds += seconds
+
+    def _open(self, snapshot: PinnedSnapshot) -> _Session:
+        pretrained = load_pretrained(
+            snapshot, self._auto_class, self._model_args, subfolder=self._where["subfolder"], timeout=self._timeout
+        )
+        architecture = build(
+            pretrained.model_class,
+            pretrained.config,
+            select_tensors(snapshot.manifest, **self._where),
+            model_args=pretrained.model_args,
+            block_limit=self._max_bytes,
+        )
+        model = architecture.model
+        if pretrained.generation_config is not None and model.can_generate():
+            model.generation_config = pretrained.generation_config
+        policy = LayerPolicy(
+            {component.name: component.nbytes for component in architecture.blocks},
+            max_layers=self._max_layers,
+            max_bytes=self._max_bytes,
+            ahead=self._ahead,
+        )
+        loader = Loader(pool, name=f"modelcache-{self.model_name}")
+        cache = ComponentCache(architecture.blocks, architecture.resident, policy, loader, snapshot, self._timeout)
+        for component in architecture.blocks:
+            stream_block(component, cache)
+        time_calls(model, weakref.WeakMethod(self._note_inference), cache)
+        guard(model, cache)
+        cache.start()
+        return _Session(snapshot, architecture, cache)
+
+
+def _check_limits(cache_size: int | None, cache_bytes: int | None, prefetch_count: int) -> None:
+    if cache_size is not None and cache_size < 1:
+        raise ValueError(f"cache_size counts layers and must be at least 1, or None for all; it is {cache_size}.")
+    if cache_bytes is not None and cache_bytes < 1:
+        raise ValueError(f"cache_bytes must be at least 1, or None for no limit; it is {cache_bytes}.")
+    if prefetch_count < 0:
+        raise ValueError(f"prefetch_count cannot be negative; it is {prefetch_count}.")

@@ -1,0 +1,159 @@
+"""Weights in one go: a state dict, or a transformers model, at the speed of the wire."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm.auto import tqdm
+
+from modelcache.architecture import Binding, Component
+from modelcache.connection import connect
+from modelcache.dtypes import torch_dtype
+from modelcache.loader import Load, Loader
+from modelcache.plan import lay_out, select_tensors
+from modelcache.pretrained import load_pretrained
+from modelcache.process import pool
+from modelcache.sketch import Leaf
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from transformers import PreTrainedModel
+
+    from modelcache.connection import PinnedSnapshot
+    from modelcache.plan import Stored
+
+__all__ = ["from_pretrained", "load_state_dict"]
+
+# Memory is given back in pieces of about this size, once no tensor of a piece is left.
+_CHUNK_BYTES = 64 * 2**20
+
+
+def load_state_dict(
+    name: str = "",
+    *,
+    address: str | None = None,
+    subfolder: str = "",
+    variant: str = "",
+    progress: bool | None = None,
+    wait_timeout: float = 600.0,
+    timeout: float = 120.0,
+) -> dict[str, torch.Tensor]:
+    """Loads all tensors of what is active now, with their checksums checked on the way.
+
+    Args:
+        name: of the ModelCache, or its repoId.
+        address: ``host:port``; default: MODELCACHE_ADDRESS, else ``NAME-weights:9090``.
+        subfolder: of the weights in the repo.
+        variant: of the weights (``fp16``).
+        progress: whether to show a progress bar; None: only on a terminal.
+        wait_timeout: seconds to wait for a server that is not ready yet.
+        timeout: seconds that 64 MiB may take, whatever happens to servers meanwhile.
+
+    Returns:
+        Tensors by their names in the checkpoint, in its dtypes, in private memory.
+
+    Raises:
+        FileNotInSnapshot: there are no weights.
+        IntegrityError: a tensor differs from what was published.
+        Unavailable: no server delivered in time.
+    """
+    pinned = connect(name, address=address, wait_timeout=wait_timeout)
+    tensors = select_tensors(pinned.manifest, subfolder=subfolder, variant=variant)
+    return _load(pinned, tensors, name, progress=progress, timeout=timeout)
+
+
+def from_pretrained(
+    auto_class: str | type,
+    name: str = "",
+    *,
+    address: str | None = None,
+    subfolder: str = "",
+    variant: str = "",
+    progress: bool | None = None,
+    wait_timeout: float = 600.0,
+    timeout: float = 120.0,
+    **model_args: Any,
+) -> PreTrainedModel:
+    """Loads a whole transformers model, as its ``from_pretrained`` would from the same files.
+
+    Weights that the checkpoint lacks are initialised, and reported, by transformers as usual.
+
+    Args:
+        auto_class: an Auto class or model class of transformers, or the name of one.
+        name: of the ModelCache, or its repoId.
+        address: ``host:port``; default: MODELCACHE_ADDRESS, else ``NAME-weights:9090``.
+        subfolder: of config and weights in the repo.
+        variant: of the weights (``fp16``).
+        progress: whether to show a progress bar; None: only on a terminal.
+        wait_timeout: seconds to wait for a server that is not ready yet.
+        timeout: seconds that 64 MiB may take.
+        model_args: as for ``from_pretrained``: dtype, attn_implementation, attributes of the config.
+
+    Example:
+        >>> model = modelcache.from_pretrained(AutoModelForCausalLM, "llama-3b")
+    """
+    pinned = connect(name, address=address, wait_timeout=wait_timeout)
+    pretrained = load_pretrained(pinned, auto_class, model_args, subfolder=subfolder, timeout=timeout)
+    tensors = select_tensors(pinned.manifest, subfolder=subfolder, variant=variant)
+    state = _load(pinned, tensors, name, progress=progress, timeout=timeout)
+    model: PreTrainedModel = pretrained.model_class.from_pretrained(
+        None, config=pretrained.config, state_dict=state, **pretrained.model_args
+    )
+    if pretrained.generation_config is not None and model.can_generate():
+        model.generation_config = pretrained.generation_config
+    return model
+
+
+def _load(
+    pinned: PinnedSnapshot, tensors: list[Stored], name: str, *, progress: bool | None, timeout: float
+) -> dict[str, torch.Tensor]:
+    components = [_component(index, chunk) for index, chunk in enumerate(_chunks(tensors))]
+    loader = Loader(pool, name=f"modelcache-load-{name}")
+    loads = [Load(component, pinned, timeout) for component in components]
+    found: dict[str, torch.Tensor] = {}
+    hidden = None if progress is None else not progress
+    total = sum(component.layout.wire_bytes for component in components)
+    try:
+        for load in loads:
+            loader.submit(load)
+        with tqdm(desc=name or "weights", total=total, unit="B", unit_scale=True, disable=hidden) as bar:
+            for load in loads:
+                load.done.wait()
+                if load.error is not None:
+                    raise load.error
+                bar.update(load.component.layout.wire_bytes)
+                found.update(zip((each.name for each in load.component.bindings), load.tensors, strict=True))
+                load.tensors = []
+    finally:
+        loader.close()
+    return {tensor.name: found[tensor.name] for tensor in tensors}
+
+
+def _chunks(tensors: Iterable[Stored]) -> Iterator[list[Stored]]:
+    """Neighbours in the files, together about as large as a chunk; tensors over the same bytes stay together."""
+    chunk: list[Stored] = []
+    size = end = 0
+    path = ""
+    for tensor in sorted(tensors, key=lambda each: each.place):
+        overlaps = tensor.path == path and tensor.offset < end
+        if chunk and not overlaps and size + tensor.length > _CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(tensor)
+        size += tensor.length
+        end = tensor.offset + tensor.length if tensor.path != path else max(end, tensor.offset + tensor.length)
+        path = tensor.path
+    if chunk:
+        yield chunk
+
+
+def _component(index: int, tensors: list[Stored]) -> Component:
+    layout = lay_out(tensors)
+    bindings = tuple(Binding(each.name, (), Leaf(each), None, _meta(each)) for each in tensors)
+    return Component(f"weights.{index}", None, bindings, layout, lay_out(()), layout.nbytes)
+
+
+def _meta(stored: Stored) -> torch.Tensor:
+    return torch.empty(stored.shape, dtype=torch_dtype(stored), device="meta")
