@@ -124,8 +124,8 @@ def _lack(active: "Active", arguments: argparse.Namespace, target: str) -> str |
     if wanted is not None and active.requested != wanted:
         by_commit = _COMMIT_PREFIX.fullmatch(wanted) and active.commit.startswith(wanted)
         if not by_commit:
-            serves = printable(active.requested or active.commit)
-            return f"{target} still serves {serves} ({active.commit[:12]}), not {printable(wanted)}"
+            branch = f"{printable(active.requested)} = " if active.requested else ""
+            return f"{target} still serves the revision {branch}{active.commit[:12]}, not {printable(wanted)}"
     if arguments.digest is not None and not active.digest.startswith(arguments.digest):
         return f"{target} still serves the digest {active.digest[:12]}, not {arguments.digest[:12]}"
     return None
