@@ -1,0 +1,96 @@
+"""Where models come from. A source lists, authenticates and signs through its own library; it moves no bytes itself.
+
+A new source is one module here with a class that has the three methods of ``Source``, a branch in ``make_source`` and a
+test class; docs/contributing/sources.md walks through it.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from modelcache_api.source import RepoId
+from modelcache_fetcher.plan import Listing, SourceFile
+from modelcache_fetcher.secrets import Secrets
+
+
+@dataclass(frozen=True, slots=True)
+class HttpLocation:
+    """A file's bytes behind a URL that honours Range.
+
+    Attributes:
+        url: May carry a signature in its query: it is never logged or shown.
+        headers: Sent to the URL's own host only, not to hosts that it redirects to.
+        unchanged_status: Statuses that mean "no longer the planned content" (412 for If-Match, say).
+    """
+
+    url: str = field(repr=False)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    unchanged_status: frozenset[int] = frozenset({412})
+
+
+@dataclass(frozen=True, slots=True)
+class LocalLocation:
+    """A file on this machine.
+
+    Attributes:
+        path: Its real path: the last component is no symlink.
+        identity: The (device, inode, size, mtime_ns) that it was planned with.
+    """
+
+    path: str
+    identity: tuple[int, int, int, int]
+
+    @staticmethod
+    def identity_of(stat: os.stat_result) -> tuple[int, int, int, int]:
+        """What must stay the same while a file is read."""
+        return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+Location = HttpLocation | LocalLocation
+
+
+class Source(Protocol):
+    """One repo, bucket prefix or folder."""
+
+    def list_files(self, revision: str | None) -> Listing:
+        """Resolve the revision and list everything in it.
+
+        Raises:
+            FetchError: AuthFailed, SecretMissing, NotFound, InvalidSource, RateLimited or Unavailable.
+        """
+        ...
+
+    def locate(self, file: SourceFile, commit: str) -> Location:
+        """Where a listed file's bytes are now. Called again when the answer was refused or has expired.
+
+        Raises:
+            FetchError: As ``list_files``.
+        """
+        ...
+
+    def renew(self) -> None:
+        """Forget credentials: the next call reads the secrets again. Called when the source refused them."""
+        ...
+
+
+def make_source(repo: RepoId, endpoint: str, secrets: Secrets) -> Source:
+    """The source of a parsed repoId.
+
+    Args:
+        repo: Where the model is.
+        endpoint: Base URL of another hub or bucket service; "" for the default.
+        secrets: The credentials' folder.
+    """
+    # A cloud's library is imported only when its source is used: they are large, and a folder needs none.
+    match repo.scheme:
+        case "hf":
+            from modelcache_fetcher.sources.huggingface import HuggingFaceSource  # noqa: PLC0415
+
+            return HuggingFaceSource(repo.name, endpoint, secrets)
+        case "file":
+            from modelcache_fetcher.sources.local import LocalSource  # noqa: PLC0415
+
+            return LocalSource(repo.name)
+        case _:
+            raise NotImplementedError(repo.scheme)
