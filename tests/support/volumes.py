@@ -2,7 +2,14 @@
 
 import os
 
-from modelcache_volume import ContentHasher, SafetensorsIndexer, build_manifest, is_index_file, source_folder
+from modelcache_volume import (
+    ContentHasher,
+    SafetensorsIndexer,
+    build_manifest,
+    is_index_file,
+    source_folder,
+    space_errors,
+)
 from modelcache_volume.v1 import manifest_pb2
 
 
@@ -38,7 +45,8 @@ def publish(writer, files: dict[str, bytes], **source):
         sha256 = entry.sha256.hex()
         if not writer.blob_exists(folder, sha256, entry.size):
             part = writer.incoming(folder, f"part{number}")
-            part.write_bytes(files[entry.path])
+            with space_errors(writer.volume.root, f"downloading {entry.path}", entry.size):
+                part.write_bytes(files[entry.path])
             writer.adopt(folder, part, sha256)
     return writer.publish(folder, manifest)
 

@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 _LEASES_MODE = 0o775
 _NOT_THE_BLOB = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.EIO}
-# What may lie in a folder that is to become a volume: ext4 makes the first, an interrupted `create` the second.
-_HARMLESS = ("lost+found", ".FORMAT.")
+# What may lie in a folder that is to become a volume: ext4 makes the first, an interrupted `create` the others.
+_HARMLESS = frozenset({"lost+found", ".lock", ".tmp"})
+_CREATE_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -81,14 +82,15 @@ class Volume:
         volume = cls(root)
         with disk.space_errors(root, "setting it up"):
             if not volume.layout.format.exists():
-                if root.exists() and (not root.is_dir() or not all(_harmless(name) for name in _names(root))):
+                if root.exists() and (not root.is_dir() or not _HARMLESS.issuperset(_names(root))):
                     raise NotAVolume(
                         f"{root} is neither empty nor a ModelCache volume (it has no FORMAT file), and nothing was "
                         "written to it: name an empty or a new folder."
                     )
-                disk.make_folder(root)
-                temporary = root / f".FORMAT.{os.getpid()}"
-                disk.write_durably(volume.layout.format, f"{FORMAT_VERSION}\n".encode(), temporary)
+                disk.make_folder(volume.layout.temporary)
+                with writer_lock(volume.layout.lock, wait=_CREATE_SECONDS):
+                    temporary = volume.layout.temporary / "FORMAT"
+                    disk.write_durably(volume.layout.format, f"{FORMAT_VERSION}\n".encode(), temporary)
             cls.open(root)
             volume._make_folders()
         return volume
@@ -408,10 +410,6 @@ class Snapshot:
             sha256=file.sha256.hex(),
             block=block,
         )
-
-
-def _harmless(name: str) -> bool:
-    return name.startswith(_HARMLESS)
 
 
 def _names(folder: Path) -> list[str]:

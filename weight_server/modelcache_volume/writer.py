@@ -104,7 +104,8 @@ class VolumeWriter:
 
     def discard(self, folder: str, sha256_hex: str) -> None:
         """Removes a blob that was found damaged, so that the next fetch brings it again."""
-        disk.remove_file(self._layout.blob(folder, sha256_hex))
+        with disk.space_errors(self.volume.root, "discarding a blob"):
+            disk.remove_file(self._layout.blob(folder, sha256_hex))
 
     def publish(self, folder: str, manifest: manifest_pb2.Manifest) -> Snapshot:
         """Makes a snapshot exist.
@@ -177,9 +178,10 @@ class VolumeWriter:
 
     def deactivate(self, name: str) -> None:
         """Stops serving `name`; its snapshots stay until they are pruned. Does nothing if nothing is active."""
-        disk.remove_file(self._layout.active(name))
-        disk.fsync_folder(self._layout.actives)
-        self._link_buckets()
+        with disk.space_errors(self.volume.root, f"deactivating {name}"):
+            disk.remove_file(self._layout.active(name))
+            disk.fsync_folder(self._layout.actives)
+            self._link_buckets()
 
     def prune(
         self,
@@ -214,14 +216,15 @@ class VolumeWriter:
                 read_state(self.volume, folder, stay), stay, now, in_use=in_use, keep_incoming=wanted
             )
         freed = 0
-        for folder, removal in removals.items():
-            freed += carry_out(self._layout, folder, removal)
-            if folder not in self._folders:
-                remove_empty(self._layout, folder)
-        self._link_buckets()
-        for digest, holder, renewed in self.volume.leases():
-            if now - renewed > LEASE_SECONDS:
-                disk.remove_file(self._layout.lease(digest, holder))
+        with disk.space_errors(self.volume.root, "pruning"):
+            for folder, removal in removals.items():
+                freed += carry_out(self._layout, folder, removal)
+                if folder not in self._folders:
+                    remove_empty(self._layout, folder)
+            self._link_buckets()
+            for digest, holder, renewed in self.volume.leases():
+                if now - renewed > LEASE_SECONDS:
+                    disk.remove_file(self._layout.lease(digest, holder))
         digests = {digest for removal in removals.values() for digest in removal.manifests}
         return Pruned(tuple(sorted(digests)), freed)
 
