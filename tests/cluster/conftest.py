@@ -1,7 +1,8 @@
 """Fixtures of the tests on a real cluster.
 
-Without KUBECONFIG, a cluster of this machine is started for the run and ends with it, however the run ends. With the KUBECONFIG that
-`make cluster-up` printed, that cluster is used and left as it is, components included; with any other one, the tests that stop components are skipped.
+Without KUBECONFIG, a cluster of this machine is started for the run and ends with it, however the run ends. With the
+KUBECONFIG that `make cluster-up` printed, that cluster is used and left running; with any other one, the tests that
+stop components are skipped.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import os
 import re
 import subprocess
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 
@@ -24,7 +25,7 @@ from cluster.machine import MachineCluster
 from cluster.node import state_root
 from cluster.second_node import second_node as second_node_object
 
-Cluster = MachineCluster | GivenCluster
+Cluster: TypeAlias = MachineCluster | GivenCluster
 CLUSTER = pytest.StashKey[Cluster]()
 KEPT = Path(__file__).parents[2] / "build/cluster-logs"
 
@@ -126,7 +127,9 @@ def second_node(kubectl: Kubectl) -> Iterator[str]:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Adds the cluster's events to the report of a failed test, and keeps the rest in files."""
     report = yield
     found = item.config.stash.get(CLUSTER, None)

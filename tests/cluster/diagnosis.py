@@ -16,7 +16,7 @@ class HasKubectl(Protocol):
 
 
 def write_diagnosis(cluster: HasKubectl, namespace: str | None, folder: Path) -> str:
-    """Writes objects, events and container logs of the namespace (all of them if None) into a folder; returns the events, which tell most."""
+    """Writes objects, events and container logs of the namespace (None: of all) into a folder; returns the events."""
     folder.mkdir(parents=True, exist_ok=True)
     where = [f"--namespace={namespace}"] if namespace else ["--all-namespaces"]
     events = printed(cluster.kubectl, "events", *where)

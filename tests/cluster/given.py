@@ -14,9 +14,10 @@ from cluster.node import ClusterError
 
 
 class GivenCluster:
-    """The cluster of a kubeconfig. A kind cluster gets the images that are built here; for any other one the environment names images that it can pull.
+    """The cluster of a kubeconfig.
 
-    Those are MODELCACHE_IMAGE, MODELCACHE_CLIENT_IMAGE and MODELCACHE_BASE_IMAGE (Python with a shell).
+    A kind cluster gets the images that are built here. For any other one the environment names images that it can pull:
+    MODELCACHE_IMAGE, MODELCACHE_CLIENT_IMAGE and MODELCACHE_BASE_IMAGE (Python with a shell).
     """
 
     def __init__(self, kubeconfig: Path) -> None:
@@ -31,7 +32,7 @@ class GivenCluster:
         """Gives every node an image, on kind."""
         if not self.name.startswith("kind-"):
             raise ClusterError(
-                f"images built here cannot be loaded into {self.name}: push them yourself and name them in MODELCACHE_…IMAGE"
+                f"cannot load images into {self.name}: push them yourself and name them in MODELCACHE_…IMAGE"
             )
         subprocess.run(
             ["kind", "load", "image-archive", str(image.archive), f"--name={self.name.removeprefix('kind-')}"],

@@ -1,6 +1,7 @@
-"""Builds the images that the tests run, without any image registry: a base from Debian packages, the product's from its Dockerfile.
+"""Builds the images that the tests run, without any image registry.
 
-Each is a docker-archive kept under the hash of what it is made of. `MODELCACHE_BASE_IMAGE` names another base to pull instead.
+The base is made of Debian packages, the product's of its Dockerfile. Each is a docker-archive kept under the hash of
+what it is made of. `MODELCACHE_BASE_IMAGE` names another base to pull instead.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def context_files() -> list[Path]:
 
 
 def build(context: Path, target: str, base: Image | str, name: str, archive: Path) -> None:
-    """Builds one target with buildah and writes its archive. Wheels of PIP_FIND_LINKS and the machine's pip and TLS settings are used."""
+    """Builds one target, with the machine's pip and TLS settings and the wheels of PIP_FIND_LINKS, into an archive."""
     if isinstance(base, Image):
         if base.name not in buildah("images", "--format={{.Name}}:{{.Tag}}").split():
             buildah("pull", "--quiet", f"docker-archive:{base.archive}")

@@ -1,4 +1,4 @@
-"""The cluster on this machine: started from nothing, its components stopped, killed and frozen by name, and removed without a trace."""
+"""The cluster on this machine: started from nothing, broken by component, removed without a trace."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ class MachineCluster:
         return self.node.pid() is not None
 
     def start(self, *, lifeline: int | None = None) -> None:
-        """Starts a new cluster, in place of one of the same name, and returns when pods can run, names resolve and volumes are made.
+        """Starts a new cluster, in place of one of the same name; returns when pods can run and names resolve.
 
-        With `lifeline`, the read end of a pipe, the cluster ends by itself when the other end closes. When the start fails, the logs are
-        kept (the error says where) and nothing else.
+        With `lifeline`, the read end of a pipe, the cluster ends by itself when the other end closes. When the start
+        fails, the logs are kept (it prints where) and nothing else.
         """
         programs, pause = kubernetes_programs(), pause_image()
         self.node.start(lifeline=lifeline)
@@ -155,7 +155,7 @@ class MachineCluster:
             self.await_component(name)
 
     def await_component(self, name: str) -> None:
-        """Waits until a component does its work; ClusterError with the end of its log when it ends instead, or takes too long."""
+        """Waits until a component does its work; ClusterError with the end of its log if it ends or takes too long."""
         healthy = health_checks(self.node)[name]
 
         def ready() -> bool:
@@ -190,7 +190,7 @@ class MachineCluster:
         return image.name
 
     def in_network(self, argv: Sequence[str]) -> list[str]:
-        """The command that runs `argv` on this machine, in the cluster's network: addresses of pods and Services work, nothing else does."""
+        """The command that runs `argv` in the cluster's network: addresses of pods and Services work, nothing else."""
         return [*self.node.enter(only_network=True), *argv]
 
 
@@ -199,7 +199,7 @@ def health_checks(node: Node) -> dict[str, Callable[[], bool]]:
     address = node.addresses.node
 
     def answers(url: str) -> Callable[[], bool]:
-        return lambda: urllib.request.urlopen(url, timeout=2, context=context).status == 200
+        return lambda: bool(urllib.request.urlopen(url, timeout=2, context=context).status == 200)
 
     context = ssl._create_unverified_context()  # each component signs its own
     socket_in_node = Path(f"/proc/{node.pid()}/root{components.CONTAINERD_SOCKET}")

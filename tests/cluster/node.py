@@ -1,4 +1,4 @@
-"""A node seen from the machine: its namespaces, its link, its cgroups, its supervisor; how it starts and how nothing of it is left."""
+"""A node seen from the machine: its namespaces, link, cgroups and supervisor; how it starts and leaves nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ClusterError(Exception):
 
 
 def wait_until(what: str, seconds: float, condition: Callable[[], Any], *, pause: float = 0.1) -> Any:
-    """Returns the first truthy value of `condition`, asked each `pause` seconds; ClusterError naming `what` after `seconds`."""
+    """The first truthy value of `condition`, asked each `pause` seconds; ClusterError naming `what` after `seconds`."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         if time.monotonic() > deadline:
@@ -43,7 +43,7 @@ def state_root() -> Path:
 
 @dataclass(frozen=True)
 class Addresses:
-    """What a cluster's number makes of addresses. Pod and Service ranges are alike everywhere: no route leads out of a node."""
+    """Addresses by a cluster's number. Pod and Service ranges are alike everywhere: no route leads out of a node."""
 
     number: int
     pods: str = "10.244.0.0/24"
@@ -97,7 +97,7 @@ class Node:
         return ["nsenter", f"--target={pid}", *spaces, "--"]
 
     def start(self, *, lifeline: int | None) -> None:
-        """Makes the namespaces and the link; no component runs yet. With `lifeline` (a pipe's read end) it ends when the other end closes."""
+        """Makes the namespaces and the link; no component runs yet. It ends when the other end of `lifeline` closes."""
         if str(self.state).startswith("/var/"):
             raise ClusterError(
                 f"{self.state} is under /var, which a node has of its own; set XDG_STATE_HOME to another folder"
@@ -207,7 +207,7 @@ class Node:
         return [line.split()[0] for line in listed.stdout.splitlines() if str(self.state) + "/" in line]
 
     def order(self, action: str, *, timeout: float = 5, **arguments: Any) -> dict[str, Any]:
-        """Sends one order to the supervisor and returns its reply; OSError when it does not answer within `timeout` seconds."""
+        """The supervisor's reply to one order; OSError when it does not answer within `timeout` seconds."""
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(timeout)
             connection.connect(str(self.state / "control.sock"))
@@ -249,7 +249,7 @@ def free_number() -> int:
 
 
 def cgroup_hierarchies() -> list[Path]:
-    """Where cgroups are mounted: one place for version 2, one for each controller of version 1, both on hybrid systems."""
+    """Where cgroups are mounted: one place for version 2, one for each controller of version 1, or both."""
     mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
     return [Path(mount[1]) for mount in mounts if mount[2] in {"cgroup", "cgroup2"}]
 

@@ -1,4 +1,4 @@
-"""The cluster's certificates and the kubeconfigs that hold them, made anew for each cluster with the openssl command."""
+"""The cluster's certificates and the kubeconfigs that hold them, made anew for each with the openssl command."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def ip(*addresses: str) -> tuple[str, ...]:
 
 
 def make_pki(folder: Path, addresses: Addresses) -> None:
-    """Writes NAME.crt and NAME.key of the authority and of every identity, NAME.conf for those that call the API, and the tokens' key."""
+    """Writes NAME.crt and NAME.key of every identity, NAME.conf to call the API as it, and the tokens' key."""
     folder.mkdir(parents=True)
     new_key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-noenc", "-days", "30"]
     openssl(folder, "req", "-x509", *new_key, "-subj", "/CN=test-cluster", "-out", "ca.crt", "-keyout", "ca.key")

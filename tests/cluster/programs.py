@@ -1,4 +1,4 @@
-"""Builds the programs of the cluster from Go modules, once: results are kept outside the work tree under the hash of what they are made of."""
+"""Builds the cluster's programs from Go modules, once: they are kept outside the work tree by their sources' hash."""
 
 from __future__ import annotations
 

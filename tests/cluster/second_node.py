@@ -1,4 +1,4 @@
-"""A second Node object without a kubelet: shows where the scheduler would put pods. They are bound to it, and never run."""
+"""A second Node object without a kubelet shows where the scheduler puts pods: they are bound to it, and never run."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
 """Process 1 of a node: starts the node's components, reaps what they leave, and takes orders on a Unix socket.
 
-It runs in namespaces of its own (processes, mounts, network, host name), so its death is the node's: the kernel then kills every process of the
-node, pods included, and drops its mounts, links and loop devices. Nothing has to be tidied up in the right order.
+It runs in namespaces of its own (processes, mounts, network, host name), so its death is the node's: the kernel then
+kills every process of the node, pods included, and drops its mounts, links and loop devices. Nothing has to be tidied
+up in the right order.
 
-Run by `cluster.node` with the standard library only: `supervisor.py STATE_FOLDER NODE_NAME LIFELINE_FD` (-1: no lifeline).
-An order is one line of JSON, {"action": ..., ...}; its reply is one line of JSON. Replies to "wait" come when the component has ended.
+Run by `cluster.node`, standard library only: `supervisor.py STATE_FOLDER NODE_NAME LIFELINE_FD` (-1: no lifeline).
+An order is one line of JSON, {"action": ..., ...}; so is its reply. "wait" is answered when the component has ended.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ def reply(connection: socket.socket, answer: dict[str, Any]) -> None:
 
 
 def arrange_mounts(state: Path) -> None:
-    """Gives the node its own /proc, /run and /var; what it writes there is never seen by the machine, nor by a neighbour cluster."""
+    """Gives the node its own /proc, /run and /var: neither the machine nor a neighbour sees what it writes there."""
     var = state / "var"
     for folder in ("lib", "log", "tmp", "cache"):
         (var / folder).mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The cluster does what the product's tests need of it, and leaves nothing behind."""
+"""The cluster does what the product's tests need, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ SIZE = "import os; at = os.statvfs('/volume'); print(at.f_blocks * at.f_frsize)"
 
 
 def running(found: Resource) -> bool:
-    return found["status"].get("phase") == "Running"
+    return bool(found["status"].get("phase") == "Running")
 
 
 def succeeded(found: Resource) -> bool:
     phase = found["status"].get("phase")
     assert phase != "Failed", found["status"]
-    return phase == "Succeeded"
+    return bool(phase == "Succeeded")
 
 
 def test_the_node_is_ready_and_says_its_version(kubectl: Kubectl) -> None:
@@ -108,7 +108,7 @@ def test_a_service_is_reached_by_name_from_a_pod_and_by_address_from_this_machin
 
 
 def test_nothing_in_the_cluster_reaches_out(namespace: Kubectl, python_image: str) -> None:
-    # 192.0.2.1 is an address of documentation (RFC 5737): with a route the try would time out, without one it fails at once.
+    # An address of documentation (RFC 5737): with a route the try would time out, without one it fails at once.
     attempt = "import socket; print(socket.socket().connect_ex(('192.0.2.1', 80)))"
     namespace.apply(job("out", pod_spec(container(python_image, "python3", "-c", attempt))))
     namespace.wait_for("job", "out", has_condition("Complete"))
@@ -153,7 +153,7 @@ def test_the_class_fixed_refuses_to_grow(namespace: Kubectl, python_image: str) 
 
 def test_a_volume_is_its_groups_with_fs_group_and_roots_without(namespace: Kubectl, python_image: str) -> None:
     write = "touch /volume/mine && cat /volume/mine && stat -c '%u %g %a' /volume"
-    without = f"stat -c '%u %g %a' /volume; touch /volume/mine"
+    without = "stat -c '%u %g %a' /volume; touch /volume/mine"
     namespace.apply(claim("open", "64Mi"), claim("closed", "64Mi"))
     namespace.apply(
         pod("member", pod_spec(container(python_image, "sh", "-c", write), claim="open")),
@@ -280,7 +280,7 @@ sys.stdin.read()
 
 
 def traces() -> dict[str, set[str]]:
-    """What a cluster could leave on the machine. Other programs come and go meanwhile; only what mentions a cluster counts."""
+    """What a cluster could leave on the machine; other programs that come and go meanwhile do not count."""
     cgroups = {str(path) for path in Path("/sys/fs/cgroup").glob("**/modelcache-*")}
     loops = subprocess.run(
         ["losetup", "--list", "--noheadings", "--output=NAME,BACK-FILE"], check=True, capture_output=True, text=True
