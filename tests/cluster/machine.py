@@ -117,7 +117,7 @@ class MachineCluster:
         self.launch(name)
         self.await_component(name)
 
-    def stop_component(self, name: str, *, seconds: float = 30) -> None:
+    def stop_component(self, name: str, *, seconds: float = 15) -> None:
         """Ends a component as a shutdown does, and with SIGKILL when that takes longer than `seconds`."""
         self.node.order("signal", name=name, signal_name="TERM")
         try:

@@ -118,7 +118,7 @@ class Supervisor:
     def signal(self, _: socket.socket, name: str, signal_name: str) -> dict[str, Any]:
         component = self.component(name)
         if component.exit_code is None:  # not reaped yet, so the id is still its own
-            os.kill(component.pid, signal.Signals[signal_name])
+            os.kill(component.pid, signal.Signals[f"SIG{signal_name}"])
         return {"exit_code": component.exit_code}
 
     def wait(self, connection: socket.socket, name: str) -> dict[str, Any] | None:
