@@ -95,24 +95,21 @@ def base_image() -> Image:
 
 def product_image(target: str) -> Image:
     """An image of the Dockerfile (`runtime` or `client`), of the work tree without what git ignores."""
-    context = context_files()
-    base = os.environ.get("MODELCACHE_BASE_IMAGE", "")
-    names = [str(path.relative_to(REPOSITORY)) for path in context]
-    key = content_hash(context, *names, target, base or base_image().name)
-    name = f"localhost/{TARGETS[target]}:{key}"
-
-    def make(new: Path) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            for path in context:
-                copy = Path(folder) / path.relative_to(REPOSITORY)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, copy)
-            build(Path(folder), target, base or base_image(), name, new / "image.tar")
-
-    return Image(name, cached("images", f"{target}-{key}", make) / "image.tar")
+    base = os.environ.get("MODELCACHE_BASE_IMAGE") or base_image()
+    with tempfile.TemporaryDirectory() as folder:
+        # Copied first: what is built is what was hashed, though somebody may be writing in the work tree.
+        context = Path(folder)
+        names = copy_context(context)
+        key = content_hash(
+            (context / name for name in names), *names, target, base if isinstance(base, str) else base.name
+        )
+        name = f"localhost/{TARGETS[target]}:{key}"
+        made = cached("images", f"{target}-{key}", lambda new: build(context, target, base, name, new / "image.tar"))
+    return Image(name, made / "image.tar")
 
 
-def context_files() -> list[Path]:
+def copy_context(context: Path) -> list[str]:
+    """Copies the files of the build into a folder; returns their names."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z", *CONTEXT],
         cwd=REPOSITORY,
@@ -120,8 +117,12 @@ def context_files() -> list[Path]:
         capture_output=True,
         text=True,
     )
-    paths = (REPOSITORY / name for name in sorted(set(listed.stdout.split("\0"))) if name)
-    return [path for path in paths if path.is_file()]  # a deleted file is listed until it is committed
+    # A deleted file is listed until it is committed, one in conflict several times.
+    names = [name for name in sorted(set(listed.stdout.split("\0"))) if (REPOSITORY / name).is_file()]
+    for name in names:
+        (context / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(REPOSITORY / name, context / name)
+    return names
 
 
 def build(context: Path, target: str, base: Image | str, name: str, archive: Path) -> None:

@@ -43,6 +43,8 @@ def cached(kind: str, key: str, make: Callable[[Path], None]) -> Path:
     One process makes it, others wait. Of each NAME in a KEY of the form NAME-HASH, the latest `KEPT` stay.
     """
     place = cache_root() / kind / key
+    if place.exists():
+        return place
     place.parent.mkdir(parents=True, exist_ok=True)
     with (place.parent / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
