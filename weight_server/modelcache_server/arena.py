@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+from contextlib import suppress
 from pathlib import Path
 
 from modelcache_volume import BLOCK_BYTES
@@ -38,9 +39,10 @@ class Arena:
         return _page_use(Path("/proc/self/smaps").read_text(encoding="ascii", errors="replace"), first, self.size)
 
     def close(self) -> None:
-        """Give the memory back. All views of slots must be released before."""
+        """Give the memory back; where a view lives on (in an exception's traceback, say), once that is gone."""
         self._whole.release()
-        self._mapping.close()
+        with suppress(BufferError):
+            self._mapping.close()
 
 
 def _page_use(smaps: str, first: int, size: int) -> tuple[int, int]:

@@ -140,6 +140,8 @@ class EvictionPolicy(Generic[Key]):
     def _age(self) -> None:
         self._counted //= 2
         for key, use in list(self._uses.items()):
-            use.count //= 2
+            # What is here keeps a count of one: blocks that were seen once in a scan must not beat it.
+            resident = key in self._protected or key in self._probation
+            use.count = max(use.count // 2, 1 if resident else 0)
             if not use.count:
                 del self._uses[key]
