@@ -137,9 +137,13 @@ class ComponentCache:
                     self.policy.forget(name)
                     self._drop(name)
 
-    def close(self) -> None:
-        """Puts every parameter back on meta; nothing can be loaded afterwards."""
+    def cancel(self) -> None:
+        """Breaks off what is being read and ends the threads; nothing can be loaded afterwards."""
         self._loader.close()
+
+    def close(self) -> None:
+        """Cancels, and puts every parameter back on meta."""
+        self.cancel()
         with self._lock:
             for name in list(self._loads):
                 self._drop(name)

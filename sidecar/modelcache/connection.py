@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Self
 
 from modelcache.address import Endpoint, is_repo_id, resolve
 from modelcache.deadline import Cancellation, Deadline
@@ -15,11 +15,11 @@ from modelcache.errors import AddressError, NotReady, RevisionGone, Unavailable
 from modelcache.grpc_lane import GrpcLane
 from modelcache.http_lane import HttpLane
 from modelcache.lane import LaneBroken
+from modelcache_volume.v1.manifest_pb2 import Manifest
 
 if TYPE_CHECKING:
     from modelcache.http_lane import Server
     from modelcache.lane import ByteStream
-    from modelcache_volume.v1.manifest_pb2 import Manifest
     from modelcache_wire.v1.weights_pb2 import GetRevisionResponse
 
 __all__ = ["Connection", "PinnedSnapshot", "connect"]
@@ -33,8 +33,6 @@ _POLL_SECONDS: Final = 0.25
 _AVOID_SECONDS: Final = 5.0
 _HTTP_AGAIN_SECONDS: Final = 30.0
 _NAME_SECONDS: Final = 5.0
-
-_http = HttpLane()
 
 
 class _Replica:
@@ -79,6 +77,8 @@ class Connection:
         self._replicas = [_Replica(endpoint) for endpoint in endpoints]
         self._lock = threading.Lock()
         self._avoid: dict[Server, float] = {}
+        self._http = HttpLane()
+        self.users = 0
         self.lane = "none"
 
     def revision(self, known_digest: str, deadline: Deadline) -> GetRevisionResponse:
@@ -134,7 +134,8 @@ class Connection:
             current.avoided_at = time.monotonic()
 
     def close(self) -> None:
-        """Closes the gRPC channels."""
+        """Closes the gRPC channels and the HTTP connections that nobody reads from."""
+        self._http.close()
         for replica in self._replicas:
             replica.grpc.close()
 
@@ -168,7 +169,7 @@ class Connection:
         problem = LaneBroken(f"{replica.endpoint.host} has no address.")
         for server in servers:
             try:
-                return _http.open(server, digest, path, offset, length, deadline, _token())
+                return self._http.open(server, digest, path, offset, length, deadline, _token())
             except LaneBroken as error:
                 self._avoid[server] = time.monotonic()
                 problem = error
@@ -199,6 +200,8 @@ class PinnedSnapshot:
         self.connection = connection
         self.manifest = manifest
         self.volume_path = volume_path
+        self._lock = threading.Lock()
+        self._closed = False
 
     @property
     def digest(self) -> str:
@@ -212,6 +215,31 @@ class PinnedSnapshot:
     def blame(self, error: LaneBroken) -> None:
         """Says that the last stream failed."""
         self.connection.blame(error)
+
+    def follow(self, manifest: Manifest, volume_path: str) -> PinnedSnapshot:
+        """Pins another snapshot of the same connection; both are to be closed."""
+        _retain(self.connection)
+        return PinnedSnapshot(self.connection, manifest, volume_path)
+
+    def close(self) -> None:
+        """Ends its use of the connection, which is closed with its last user."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        with _connections_lock:
+            self.connection.users -= 1
+            last = self.connection.users == 0
+            if last:
+                _connections.pop(self.connection.endpoints, None)
+        if last:
+            self.connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 _connections: dict[tuple[Endpoint, ...], Connection] = {}
@@ -235,12 +263,23 @@ def connect(
     """
     endpoints = resolve(name, address, os.environ)
     with _connections_lock:
-        connection = _connections.setdefault(endpoints, Connection(endpoints))
-    deadline = Deadline(wait_timeout, cancellation)
-    response = _wait_for_revision(connection, name, deadline)
-    _check_name(name, response, endpoints)
-    manifest = connection.manifest(response.active.digest, Deadline(60.0, cancellation))
-    return PinnedSnapshot(connection, manifest, response.volume_path)
+        connection = _connections.get(endpoints) or _connections.setdefault(endpoints, Connection(endpoints))
+        connection.users += 1
+    pinned = PinnedSnapshot(connection, Manifest())
+    try:
+        response = _wait_for_revision(connection, name, Deadline(wait_timeout, cancellation))
+        _check_name(name, response, endpoints)
+        pinned.manifest = connection.manifest(response.active.digest, Deadline(60.0, cancellation))
+        pinned.volume_path = response.volume_path
+    except BaseException:
+        pinned.close()
+        raise
+    return pinned
+
+
+def _retain(connection: Connection) -> None:
+    with _connections_lock:
+        connection.users += 1
 
 
 def _wait_for_revision(connection: Connection, name: str, deadline: Deadline) -> GetRevisionResponse:
@@ -252,7 +291,7 @@ def _wait_for_revision(connection: Connection, name: str, deadline: Deadline) ->
             if response.active.digest:
                 return response
             problem: Exception = NotReady("it has no active revision yet")
-        except (LaneBroken, NotReady) as error:
+        except (LaneBroken, NotReady, Unavailable) as error:
             problem = error
         now = time.monotonic()
         if now - said_at >= _SAY_SECONDS:

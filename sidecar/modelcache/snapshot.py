@@ -59,16 +59,16 @@ def snapshot(
     Example:
         >>> tokenizer = AutoTokenizer.from_pretrained(snapshot("bert-base", allow_patterns=["*.json", "*.txt"]))
     """
-    pinned = connect(name, address=address, wait_timeout=wait_timeout)
-    folder = Path(local_dir) if local_dir is not None else default_home() / "snapshots" / pinned.digest
-    files = select_files(pinned.manifest, _listed(allow_patterns), _listed(ignore_patterns))
-    if not files:
-        raise FileNotInSnapshot(
-            f"No file of {name or pinned.digest[:12]} matches {allow_patterns!r}; "
-            f"there are {', '.join(file.path for file in pinned.manifest.files[:8])}."
-        )
-    for file in files:
-        download(pinned, file, folder, timeout)
+    with connect(name, address=address, wait_timeout=wait_timeout) as pinned:
+        folder = Path(local_dir) if local_dir is not None else default_home() / "snapshots" / pinned.digest
+        files = select_files(pinned.manifest, _listed(allow_patterns), _listed(ignore_patterns))
+        if not files:
+            raise FileNotInSnapshot(
+                f"No file of {name or pinned.digest[:12]} matches {allow_patterns!r}; "
+                f"there are {', '.join(file.path for file in pinned.manifest.files[:8])}."
+            )
+        for file in files:
+            download(pinned, file, folder, timeout)
     return folder
 
 

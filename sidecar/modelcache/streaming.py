@@ -12,7 +12,7 @@ import torch
 
 from modelcache.architecture import Architecture, build
 from modelcache.cache import ComponentCache
-from modelcache.connection import PinnedSnapshot, connect
+from modelcache.connection import connect
 from modelcache.deadline import Deadline
 from modelcache.hooks import guard, stream_block, time_calls
 from modelcache.layers import LayerPolicy
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from transformers import PreTrainedModel
+
+    from modelcache.connection import PinnedSnapshot
 
 __all__ = ["StreamingModel"]
 
@@ -52,7 +54,7 @@ class _Session:
             self._calls -= 1
             last = self._closing and self._calls == 0
         if last:
-            self.close()
+            self._release()
 
     def close_when_idle(self) -> None:
         """Closes it as soon as no forward pass runs on it."""
@@ -60,11 +62,17 @@ class _Session:
             self._closing = True
             idle = self._calls == 0
         if idle:
-            self.close()
+            self._release()
 
     def close(self) -> None:
+        """Breaks off what is being read, and closes it; a forward pass that runs ends with Cancelled."""
+        self.cache.cancel()
+        self.close_when_idle()
+
+    def _release(self) -> None:
         self.cache.close()
         self.keeper.close()
+        self.snapshot.close()
 
 
 class StreamingModel:
@@ -275,7 +283,7 @@ class StreamingModel:
             return False
         manifest = connection.manifest(response.active.digest, Deadline(timeout))
         old = self._session
-        self._session = self._open(PinnedSnapshot(connection, manifest, response.volume_path))
+        self._session = self._open(old.snapshot.follow(manifest, response.volume_path))
         self._finalizer.detach()
         self._finalizer = weakref.finalize(self, self._session.close)
         old.close_when_idle()
@@ -345,6 +353,13 @@ class StreamingModel:
             self._seconds += seconds
 
     def _open(self, snapshot: PinnedSnapshot) -> _Session:
+        try:
+            return self._build(snapshot)
+        except BaseException:
+            snapshot.close()
+            raise
+
+    def _build(self, snapshot: PinnedSnapshot) -> _Session:
         pretrained = load_pretrained(
             snapshot, self._auto_class, self._model_args, subfolder=self._where["subfolder"], timeout=self._timeout
         )

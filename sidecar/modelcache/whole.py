@@ -59,9 +59,9 @@ def load_state_dict(
         IntegrityError: a tensor differs from what was published.
         Unavailable: no server delivered in time.
     """
-    pinned = connect(name, address=address, wait_timeout=wait_timeout)
-    tensors = select_tensors(pinned.manifest, subfolder=subfolder, variant=variant)
-    return _load(pinned, tensors, name, progress=progress, timeout=timeout)
+    with connect(name, address=address, wait_timeout=wait_timeout) as pinned:
+        tensors = select_tensors(pinned.manifest, subfolder=subfolder, variant=variant)
+        return _load(pinned, tensors, name, progress=progress, timeout=timeout)
 
 
 def from_pretrained(
@@ -94,10 +94,10 @@ def from_pretrained(
     Example:
         >>> model = modelcache.from_pretrained(AutoModelForCausalLM, "llama-3b")
     """
-    pinned = connect(name, address=address, wait_timeout=wait_timeout)
-    pretrained = load_pretrained(pinned, auto_class, model_args, subfolder=subfolder, timeout=timeout)
-    tensors = select_tensors(pinned.manifest, subfolder=subfolder, variant=variant)
-    state = _load(pinned, tensors, name, progress=progress, timeout=timeout)
+    with connect(name, address=address, wait_timeout=wait_timeout) as pinned:
+        pretrained = load_pretrained(pinned, auto_class, model_args, subfolder=subfolder, timeout=timeout)
+        tensors = select_tensors(pinned.manifest, subfolder=subfolder, variant=variant)
+        state = _load(pinned, tensors, name, progress=progress, timeout=timeout)
     model: PreTrainedModel = pretrained.model_class.from_pretrained(
         None, config=pretrained.config, state_dict=state, **pretrained.model_args
     )

@@ -70,6 +70,7 @@ class FaultyServer:
         self.hold = threading.Event()
         self.hold.set()
         self.requests: list[tuple[str, int, int]] = []
+        self._asked = threading.Condition()
         self.renewed: list[str] = []
         self.volume_path = ""
         self.active = ""
@@ -133,10 +134,15 @@ class FaultyServer:
         self._thread.join()
 
     def __enter__(self) -> Self:
-        return self.start()
+        return self if hasattr(self, "port") else self.start()
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+    def wait_for_request(self, count: int) -> None:
+        """Returns once there were more than `count` requests."""
+        with self._asked:
+            assert self._asked.wait_for(lambda: len(self.requests) > count, 30)
 
     def content(self, digest: str, path: str) -> mmap.mmap | bytes:
         file = self.folders[digest] / path
@@ -169,7 +175,9 @@ class FaultyServer:
                 )
                 continue
             first, last = (int(each) for each in fields["Range"].removeprefix("bytes=").split("-"))
-            self.requests.append((path, first, last + 1 - first))
+            with self._asked:
+                self.requests.append((path, first, last + 1 - first))
+                self._asked.notify_all()
             if not self._send(connection, self.content(digest, path), first, last + 1):
                 return
 

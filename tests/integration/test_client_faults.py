@@ -1,0 +1,227 @@
+"""The client under servers that break, vanish, move, damage bytes or roll their revision."""
+
+import logging
+import socket
+import threading
+
+import pytest
+import torch
+from transformers import BertModel
+
+import modelcache
+from modelcache import IntegrityError, NotReady, RevisionGone, StreamingBertModel, Unavailable
+from modelcache.connection import connect
+from modelcache.lease import LeaseKeeper
+from support.client_server import FaultyServer
+from support.models import TINY, BertFiles, save_bert
+
+LARGER = {**TINY, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6}
+IDS = torch.randint(0, 96, (2, 16), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_bert(tmp_path / "model", BertFiles(config=LARGER, data_offset=24))
+
+
+@pytest.fixture
+def server(folder):
+    with FaultyServer(folder) as server:
+        yield server
+
+
+def same(found, folder):
+    with torch.no_grad():
+        wanted = BertModel.from_pretrained(folder)(IDS)
+    return torch.equal(found.last_hidden_state, wanted.last_hidden_state) and torch.equal(
+        found.pooler_output, wanted.pooler_output
+    )
+
+
+def weights_start(server):
+    manifest = server.manifests[server.active]
+    return min(tensor.offset for tensor in manifest.tensors)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_connections_that_break_are_resumed_without_reading_a_byte_twice(server, folder):
+    server.cut_after, server.cuts = 300_000, 20
+    with StreamingBertModel("x", None, address=server.address) as model:
+        assert same(model(IDS), folder)
+        assert server.cuts < 20
+        read = model.get_inference_stats()["bytes_received"]
+    total = sum(tensor.length for tensor in server.manifests[server.active].tensors)
+    assert read == total
+
+
+def test_bytes_damaged_once_are_read_again(server, folder):
+    server.flips = {weights_start(server) + at: 1 for at in (1000, 400_000, 3_000_000)}
+    with StreamingBertModel("x", address=server.address) as model:
+        assert same(model(IDS), folder)
+    assert not any(server.flips.values())
+
+
+def test_bytes_damaged_twice_raise_in_the_forward_pass(server):
+    last = max(server.manifests[server.active].tensors, key=lambda tensor: tensor.offset)
+    server.flips = {last.offset + 5: 10**6}
+    with StreamingBertModel("x", address=server.address) as model, pytest.raises(IntegrityError) as caught:
+        model(IDS)
+    assert caught.value.tensor == last.name
+
+
+def test_bytes_come_over_grpc_where_only_that_port_is_reachable(server, folder):
+    server.http = False
+    with StreamingBertModel("x", address=server.address) as model:
+        assert same(model(IDS), folder)
+        assert model.get_inference_stats()["lane"] == "grpc"
+
+
+def test_a_server_that_comes_back_is_used_again(folder):
+    server = FaultyServer(folder).start()
+    with StreamingBertModel("x", 1, address=server.address, timeout=60) as model:
+        assert same(model(IDS), folder)
+        server.stop()
+        results = []
+        waiting = threading.Thread(target=lambda: results.append(model(IDS)))
+        waiting.start()
+        back = FaultyServer(folder).start(server.port)
+        waiting.join()
+        back.stop()
+    assert same(results[0], folder)
+
+
+def test_a_server_that_stays_away_is_one_clear_error_within_the_deadline(folder):
+    server = FaultyServer(folder).start()
+    with StreamingBertModel("x", 1, address=server.address, timeout=1.0) as model:
+        model(IDS)
+        server.stop()
+        model.clear_cache()
+        with pytest.raises(Unavailable, match=r"within 1 s"):
+            model(IDS)
+
+
+def test_another_replica_takes_over_in_the_middle_of_a_layer(folder):
+    first, second = FaultyServer(folder).start(), FaultyServer(folder).start()
+    with StreamingBertModel("x", 1, address=f"{first.address},{second.address}") as model:
+        assert same(model(IDS), folder)
+        first.stop()
+        for _ in range(3):
+            assert same(model(IDS), folder)
+        assert second.requests
+    second.stop()
+
+
+def test_a_revision_rolled_in_the_middle_changes_nothing_until_refresh(server, folder, tmp_path):
+    newer = save_bert(tmp_path / "newer", BertFiles(config=LARGER, seed=7))
+    with StreamingBertModel("x", 1, address=server.address) as model:
+        assert same(model(IDS), folder)
+        pinned = model.digest
+        active = server.publish(newer, commit="b" * 40)
+        assert same(model(IDS), folder)
+        assert model.digest == pinned
+        assert model.refresh()
+        assert model.digest == active
+        assert same(model(IDS), newer)
+        assert not model.refresh()
+
+
+def test_a_pruned_revision_is_said_so_and_refresh_helps(server, folder, tmp_path):
+    newer = save_bert(tmp_path / "newer", BertFiles(config=LARGER, seed=7))
+    with StreamingBertModel("x", 1, address=server.address) as model:
+        model(IDS)
+        pinned = model.digest
+        server.publish(newer, commit="b" * 40)
+        server.remove(pinned)
+        with pytest.raises(RevisionGone, match=r"refresh\(\)"):
+            model(IDS)
+        model.refresh()
+        assert same(model(IDS), newer)
+
+
+def test_the_lease_of_the_pinned_digest_is_renewed(server):
+    snapshot = connect("x", address=server.address)
+    keeper = LeaseKeeper(snapshot, seconds=0.01)
+    renewed = threading.Event()
+    server.renewed = type(
+        "Seen", (list,), {"append": lambda self, digest: (list.append(self, digest), renewed.set())}
+    )()
+    assert renewed.wait(10)
+    assert server.renewed[0] == server.active
+    keeper.close()
+    assert not keeper._thread.is_alive()
+    snapshot.close()
+
+
+def test_a_forgotten_lease_ends_its_thread(server):
+    with connect("x", address=server.address) as snapshot:
+        keeper = LeaseKeeper(snapshot)
+        thread = keeper._thread
+        del keeper
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_a_client_waits_for_a_server_that_is_not_ready_and_says_why(folder, caplog, monkeypatch):
+    monkeypatch.setattr("modelcache.connection._SAY_SECONDS", 0.0)
+    port = free_port()
+    models = []
+    said = threading.Event()
+
+    class Said(logging.Handler):
+        def emit(self, record):
+            if "Waiting for bert-tiny" in record.getMessage() and "NOT_READY" in record.getMessage():
+                said.set()
+
+    handler = Said()
+    logging.getLogger("modelcache").addHandler(handler)
+    waiting = threading.Thread(
+        target=lambda: models.append(StreamingBertModel("bert-tiny", address=f"127.0.0.1:{port}", wait_timeout=60))
+    )
+    waiting.start()
+    server = FaultyServer(folder)
+    server.ready = False
+    with server.start(port):
+        assert said.wait(30)
+        server.ready = True
+        waiting.join()
+        with models[0] as model:
+            assert same(model(IDS), folder)
+    logging.getLogger("modelcache").removeHandler(handler)
+
+
+def test_a_server_that_never_comes_is_not_ready():
+    with pytest.raises(NotReady, match=r"kubectl describe modelcache bert-tiny"):
+        StreamingBertModel("bert-tiny", address=f"127.0.0.1:{free_port()}", wait_timeout=0.5)
+
+
+def test_a_repository_must_be_the_one_that_is_served(server):
+    with pytest.raises(modelcache.AddressError, match="serves 'org/name', not 'other/model'"):
+        StreamingBertModel("other/model", address=server.address)
+    StreamingBertModel("org/name", address=server.address).cleanup()
+
+
+def test_cleanup_in_the_middle_of_a_read_ends_it(server):
+    errors = []
+    model = StreamingBertModel("x", 1, address=server.address)
+    model(IDS)
+    server.hold.clear()
+
+    def run():
+        try:
+            for _ in range(100):
+                model(IDS)
+        except modelcache.Cancelled as error:
+            errors.append(error)
+
+    before = len(server.requests)
+    thread = threading.Thread(target=run)
+    thread.start()
+    server.wait_for_request(before)
+    model.cleanup()
+    thread.join(20)
+    assert errors

@@ -1,0 +1,293 @@
+"""StreamingBertModel gives transformers' result, bit for bit, whatever is cached and however the files are laid out."""
+
+import asyncio
+import gc
+import itertools
+import threading
+
+import pytest
+import torch
+from transformers import BertModel
+
+import modelcache
+from modelcache import MissingWeights, StreamingBertModel, UnsupportedModel
+from modelcache.process import pool
+from support.client_server import FaultyServer
+from support.models import TINY, BertFiles, minilm, save_bert
+
+# Wide enough that matrix-vector kernels have something to differ in, small enough for a test.
+SMALL = {**TINY, "hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 5}
+
+
+@pytest.fixture
+def serve(tmp_path):
+    """Serves a BERT and gives the server; stopped at the end of the test."""
+    servers = []
+
+    def start(files=None, folder=None):
+        folder = folder or save_bert(tmp_path / f"model{len(servers)}", files or BertFiles())
+        servers.append(FaultyServer(folder).start())
+        servers[-1].folder = folder
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+def tokens(batch=1, length=16, vocabulary=96):
+    return torch.randint(0, vocabulary, (batch, length), generator=torch.Generator().manual_seed(batch))
+
+
+def expected(folder, *args, **kwargs):
+    load = {key: kwargs.pop(key) for key in ("dtype", "add_pooling_layer", "attn_implementation") if key in kwargs}
+    with torch.no_grad():
+        return BertModel.from_pretrained(folder, **load)(*args, **kwargs)
+
+
+def assert_same(found, wanted):
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        pairs = zip(found[key], value, strict=True) if isinstance(value, tuple) else [(found[key], value)]
+        assert all(torch.equal(left, right) and left.dtype == right.dtype for left, right in pairs), key
+
+
+@pytest.mark.parametrize("cache_size", [1, 3, None])
+@pytest.mark.parametrize("data_offset", [0, 8, 16, 24])
+def test_equal_for_every_cache_size_and_header_padding(serve, cache_size, data_offset):
+    server = serve(BertFiles(config=SMALL, data_offset=data_offset))
+    wanted = expected(server.folder, tokens())
+    with StreamingBertModel("x", cache_size, address=server.address) as model:
+        for _ in range(3):
+            assert_same(model(tokens()), wanted)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("prefix", ["", "bert."])
+def test_equal_in_each_dtype_and_with_old_names(serve, dtype, prefix):
+    server = serve(BertFiles(config=SMALL, dtype=dtype, prefix=prefix, old_names=bool(prefix)))
+    with StreamingBertModel("x", address=server.address) as model:
+        found = model(tokens())
+        assert found.pooler_output.dtype == getattr(torch, dtype)
+        assert_same(found, expected(server.folder, tokens()))
+
+
+def test_equal_when_cast_while_loading(serve):
+    server = serve(BertFiles(config=SMALL))
+    with StreamingBertModel("x", address=server.address, dtype=torch.bfloat16) as model:
+        assert_same(model(tokens()), expected(server.folder, tokens(), dtype=torch.bfloat16))
+
+
+def test_equal_from_shards(serve):
+    server = serve(BertFiles(config=SMALL, shards=3, data_offset=24))
+    with StreamingBertModel("x", address=server.address) as model:
+        assert_same(model(tokens()), expected(server.folder, tokens()))
+
+
+def test_equal_with_padding_types_positions_and_all_outputs(serve):
+    server = serve(BertFiles(config=SMALL))
+    ids = tokens(4)
+    arguments = {
+        "attention_mask": torch.ones_like(ids).index_fill(1, torch.arange(9, 16), 0),
+        "token_type_ids": (torch.arange(16) > 7).long().expand(4, 16),
+        "position_ids": torch.arange(16).flip(0).expand(4, 16),
+        "output_hidden_states": True,
+        "output_attentions": True,
+    }
+    eager = {"attn_implementation": "eager"}
+    with StreamingBertModel("x", address=server.address, **eager) as model:
+        assert_same(model(ids, **arguments), expected(server.folder, ids, **arguments, **eager))
+
+
+def test_equal_on_the_real_minilm():
+    ids = tokens(2, 40, 30000)
+    with FaultyServer(minilm()) as server, StreamingBertModel("x", 2, address=server.address) as model:
+        for _ in range(2):
+            assert_same(model(ids), expected(minilm(), ids))
+
+
+def test_without_pooler_the_pooler_is_neither_needed_nor_read(serve):
+    server = serve(BertFiles(pooler=False))
+    with StreamingBertModel("x", address=server.address, add_pooling_layer=False) as model:
+        found = model(tokens())
+        assert found.pooler_output is None
+        assert torch.equal(
+            found.last_hidden_state, expected(server.folder, tokens(), add_pooling_layer=False).last_hidden_state
+        )
+
+
+@pytest.mark.parametrize("name", ["pooler.dense.weight", "encoder.layer.2.output.dense.bias"])
+def test_a_missing_weight_is_named(serve, name):
+    server = serve(BertFiles(leave_out=(name,)))
+    with pytest.raises(MissingWeights, match=name) as caught:
+        StreamingBertModel("x", address=server.address)
+    assert caught.value.names == (name,)
+
+
+def test_a_task_head_comes_from_the_checkpoint_or_is_missing(serve, tmp_path):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(3)
+    BertForSequenceClassification(BertConfig(**TINY, num_labels=5)).save_pretrained(tmp_path / "classifier")
+    whole = BertForSequenceClassification.from_pretrained(tmp_path / "classifier")
+    server = serve(folder=tmp_path / "classifier")
+    with (
+        StreamingBertModel("x", address=server.address, auto_class="AutoModelForSequenceClassification") as model,
+        torch.no_grad(),
+    ):
+        assert torch.equal(model(tokens()).logits, whole(tokens()).logits)
+    with pytest.raises(MissingWeights, match=r"classifier\.bias"):
+        StreamingBertModel("x", address=serve().address, auto_class=BertForSequenceClassification)
+
+
+async def surfing_weights_program(address):
+    model = StreamingBertModel(model_name="bert-tiny", cache_size=3, address=address)
+    async with model:
+        await model.warmup(layer_indices=[0, 1])
+        warm = model.get_cache_info()
+        found = await model.forward_async(tokens(), torch.ones(1, 16, dtype=torch.long), prefetch_count=1)
+        await model.prefetch_next_layers(1, prefetch_count=2)
+        return warm, found, model.get_inference_stats(), model.get_cache_info()
+
+
+def test_the_asynchronous_calls_that_surfing_weights_users_know(serve):
+    server = serve()
+    warm, found, stats, info = asyncio.run(surfing_weights_program(server.address))
+    assert warm["cached_components"] == ["encoder.layer.0", "encoder.layer.1"]
+    assert_same(found, expected(server.folder, tokens(), torch.ones(1, 16, dtype=torch.long)))
+    assert stats["total_inferences"] == 1
+    assert stats["avg_inference_time"] > 0
+    assert 0 < stats["cache_hit_rate"] < 1
+    assert info["cache_size"] == info["max_cache_size"] == 3
+    assert info["memory_usage_mb"] > 0
+    assert set(info["access_order"]) == set(info["cached_components"])
+
+
+def test_the_synchronous_call_works_after_an_event_loop_has_ended(serve):
+    server = serve()
+    with StreamingBertModel("x", address=server.address) as model:
+        asyncio.run(model.forward_async(tokens()))
+        assert_same(model(tokens()), expected(server.folder, tokens()))
+
+
+def test_shrinking_the_cache_evicts_and_clearing_empties_it(serve):
+    server = serve()
+    with StreamingBertModel("x", None, address=server.address) as model:
+        model(tokens())
+        assert model.get_cache_info()["cache_size"] == 4
+        model.cache_size = 1
+        assert model.get_cache_info()["cache_size"] == 1
+        model.clear_cache()
+        assert model.get_cache_info()["cached_components"] == []
+        assert_same(model(tokens()), expected(server.folder, tokens()))
+
+
+def test_a_second_pass_with_all_layers_cached_reads_nothing(serve):
+    server = serve()
+    with StreamingBertModel("x", None, address=server.address) as model:
+        model(tokens())
+        before = len(server.requests)
+        model(tokens())
+        assert len(server.requests) == before
+        assert model.get_inference_stats()["cache_hits"] == 4
+
+
+def test_each_byte_is_read_once_in_the_first_pass(serve):
+    server = serve()
+    with StreamingBertModel("x", None, address=server.address) as model:
+        threads = [threading.Thread(target=model, args=(tokens(),)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    weights = [(offset, length) for path, offset, length in server.requests if path == "model.safetensors"]
+    assert len(weights) == len(set(weights))
+    ends = sorted((offset, offset + length) for offset, length in weights)
+    assert all(left[1] <= right[0] for left, right in itertools.pairwise(ends))
+
+
+def test_concurrent_passes_over_one_layer_at_a_time_are_equal(serve):
+    server = serve(BertFiles(config=SMALL))
+    wanted = [expected(server.folder, tokens(batch)) for batch in range(1, 5)]
+    found = {}
+    with StreamingBertModel("x", 1, address=server.address) as model:
+
+        def work(batch):
+            for _ in range(3):
+                found[batch] = model(tokens(batch))
+
+        threads = [threading.Thread(target=work, args=(batch,)) for batch in range(1, 5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for batch in range(1, 5):
+        assert_same(found[batch], wanted[batch - 1])
+
+
+def test_evicted_parameters_are_on_meta_and_the_state_dict_is_whole(serve):
+    server = serve()
+    plain = BertModel.from_pretrained(server.folder)
+    with StreamingBertModel("x", 1, address=server.address) as model:
+        model(tokens())
+        layers = model.model.encoder.layer
+        assert layers[0].output.dense.weight.is_meta
+        assert not layers[3].output.dense.weight.is_meta
+        state = model.state_dict()
+        for name, value in plain.state_dict().items():
+            assert torch.equal(state[name], value), name
+        assert layers[0].output.dense.weight.is_meta
+
+
+def test_saving_a_streamed_model_saves_its_weights(serve, tmp_path):
+    server = serve()
+    with StreamingBertModel("x", 1, address=server.address) as model:
+        model.save_pretrained(tmp_path / "saved")
+    assert_same(expected(tmp_path / "saved", tokens()), expected(server.folder, tokens()))
+
+
+@pytest.mark.parametrize(
+    "use", [lambda m: m.to(torch.float16), lambda m: m.model.half(), lambda m: m.train(), lambda m: m.model.compile()]
+)
+def test_what_a_streamed_model_cannot_do_is_refused(serve, use):
+    with StreamingBertModel("x", address=serve().address) as model, pytest.raises(UnsupportedModel):
+        use(model)
+
+
+def test_nothing_is_left_after_cleanup(serve):
+    server = serve()
+    gc.collect()
+    used = pool.used_bytes
+    model = StreamingBertModel("x", None, address=server.address)
+    model(tokens())
+    assert pool.used_bytes > used
+    model.cleanup()
+    assert not [each for each in threading.enumerate() if each.name.startswith("modelcache")]
+    assert pool.used_bytes == used
+    with pytest.raises(modelcache.Cancelled):
+        model(tokens())
+
+
+def test_a_forgotten_model_ends_its_threads_and_gives_its_memory_back(serve):
+    server = serve()
+    gc.collect()
+    used = pool.used_bytes
+    model = StreamingBertModel("x", None, address=server.address)
+    model(tokens())
+    del model
+    gc.collect()
+    assert not [each for each in threading.enumerate() if each.name.startswith("modelcache")]
+    assert pool.used_bytes == used
+
+
+@pytest.mark.parametrize("limits", [{"cache_size": 0}, {"cache_bytes": 0}, {"prefetch_count": -1}])
+def test_limits_that_make_no_sense_are_refused(limits):
+    with pytest.raises(ValueError, match=r"must be|negative"):
+        StreamingBertModel("x", address="127.0.0.1:1", **limits)
+
+
+def test_repr_says_what_is_here(serve):
+    with StreamingBertModel("bert-tiny", 2, address=serve().address) as model:
+        model(tokens())
+        assert repr(model).startswith("<StreamingBertModel 'bert-tiny' BertModel ")
+        assert "2 of 4 layers here (cache_size 2)" in repr(model)

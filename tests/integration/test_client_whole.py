@@ -1,0 +1,185 @@
+"""Weights and files in one go."""
+
+import hashlib
+
+import pytest
+import safetensors.torch
+import torch
+from transformers import AutoTokenizer, BertForMaskedLM, BertModel
+
+import modelcache
+from modelcache import FileNotInSnapshot, IntegrityError, UnsupportedModel
+from support.client_server import FaultyServer
+from support.models import BertFiles, minilm, save_bert
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_bert(tmp_path / "model", BertFiles(data_offset=8, shards=2))
+
+
+@pytest.fixture
+def server(folder):
+    with FaultyServer(folder) as server:
+        yield server
+
+
+def test_the_state_dict_is_what_is_in_the_files(server, folder):
+    state = modelcache.load_state_dict("x", address=server.address)
+    wanted = {}
+    for path in folder.glob("*.safetensors"):
+        wanted.update(safetensors.torch.load_file(path))
+    assert state.keys() == wanted.keys()
+    assert all(torch.equal(state[name], wanted[name]) for name in wanted)
+
+
+def test_every_dtype_of_safetensors_loads(tmp_path):
+    dtypes = [
+        getattr(torch, name)
+        for name in (
+            "float64",
+            "float32",
+            "float16",
+            "bfloat16",
+            "float8_e4m3fn",
+            "float8_e5m2",
+            "complex64",
+            "int64",
+            "int32",
+            "int16",
+            "int8",
+            "uint64",
+            "uint32",
+            "uint16",
+            "uint8",
+            "bool",
+        )
+    ]
+    source = torch.arange(24, dtype=torch.uint8)
+    wanted = {str(dtype): (source > 3 if dtype == torch.bool else source.to(dtype)).view(2, 12) for dtype in dtypes}
+    wanted |= {"scalar": torch.tensor(3.5), "empty": torch.empty(0, 7)}
+    safetensors.torch.save_file(wanted, tmp_path / "model.safetensors")
+    with FaultyServer(tmp_path) as server:
+        state = modelcache.load_state_dict(address=server.address)
+    for name, value in wanted.items():
+        assert state[name].dtype == value.dtype
+        assert state[name].shape == value.shape
+        assert (
+            state[name].numpy(force=True).tobytes() == value.numpy(force=True).tobytes()
+            if value.dtype
+            not in {
+                torch.bfloat16,
+                torch.float8_e4m3fn,
+                torch.float8_e5m2,
+            }
+            else torch.equal(state[name].view(torch.uint8), value.view(torch.uint8))
+        )
+
+
+def test_a_loaded_model_is_the_one_of_from_pretrained_and_can_be_trained(server, folder):
+    ids = torch.arange(12).view(1, 12)
+    model = modelcache.from_pretrained("AutoModel", "x", address=server.address)
+    assert torch.equal(model(ids).pooler_output, BertModel.from_pretrained(folder)(ids).pooler_output)
+    model(ids).pooler_output.sum().backward()
+    assert model.encoder.layer[0].output.dense.weight.grad is not None
+
+
+def test_a_whole_load_is_interrupted_by_nothing_less_than_damage(server):
+    server.cut_after, server.cuts = 20_000, 5
+    modelcache.load_state_dict("x", address=server.address)
+    assert server.cuts < 5
+    tensor = server.manifests[server.active].tensors[3]
+    server.flips = {tensor.offset: 10}
+    with pytest.raises(IntegrityError):
+        modelcache.load_state_dict("x", address=server.address)
+
+
+def test_tokenizer_and_config_come_over_the_wire(tmp_path):
+    with FaultyServer(minilm()) as server:
+        folder = modelcache.snapshot(
+            "x", allow_patterns=["*.json", "*.txt"], address=server.address, local_dir=tmp_path / "files"
+        )
+    assert not (folder / "model.safetensors").exists()
+    text = "streamed while it computes"
+    assert AutoTokenizer.from_pretrained(folder)(text) == AutoTokenizer.from_pretrained(minilm())(text)
+
+
+def test_a_snapshot_holds_the_same_bytes_and_is_not_read_twice(server, folder, tmp_path):
+    target = tmp_path / "files"
+    modelcache.snapshot("x", address=server.address, local_dir=target)
+    for path in folder.iterdir():
+        assert hashlib.sha256((target / path.name).read_bytes()).digest() == hashlib.sha256(path.read_bytes()).digest()
+    before = len(server.requests)
+    modelcache.snapshot("x", address=server.address, local_dir=target)
+    assert len(server.requests) == before
+    (target / "config.json").write_text("{}")
+    modelcache.snapshot("x", address=server.address, local_dir=target)
+    assert (target / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+
+
+def test_a_damaged_file_is_not_left_behind(server, tmp_path):
+    server.flips = {10: 10**6}
+    with pytest.raises(IntegrityError, match=r"config\.json"):
+        modelcache.snapshot("x", allow_patterns="config.json", address=server.address, local_dir=tmp_path / "files")
+    assert list((tmp_path / "files").iterdir()) == []
+
+
+def test_patterns_that_match_nothing_are_an_error(server):
+    with pytest.raises(FileNotInSnapshot, match=r"config\.json"):
+        modelcache.snapshot("x", allow_patterns=["*.gguf"], address=server.address)
+
+
+def test_without_local_dir_files_go_to_the_cache_folder(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("MODELCACHE_HOME", str(tmp_path / "home"))
+    found = modelcache.snapshot("x", allow_patterns=["config.json"], address=server.address)
+    assert found == tmp_path / "home" / "snapshots" / server.active
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+        ({"auto_map": {"AutoModel": "x.Y"}, "model_type": "homemade"}, "trust_remote_code"),
+    ],
+)
+def test_what_cannot_be_streamed_says_what_works(tmp_path, changes, says):
+    import json
+
+    folder = save_bert(tmp_path / "model", BertFiles())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    with FaultyServer(folder) as server, pytest.raises(UnsupportedModel, match=says) as caught:
+        modelcache.StreamingModel("x", address=server.address)
+    assert "snapshot()" in str(caught.value)
+
+
+def test_an_adapter_says_that_its_files_can_be_had(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    safetensors.torch.save_file({"a": torch.zeros(3)}, tmp_path / "adapter_model.safetensors")
+    with FaultyServer(tmp_path) as server, pytest.raises(UnsupportedModel, match="adapter"):
+        modelcache.StreamingModel("x", address=server.address)
+
+
+def test_a_class_for_another_architecture_is_refused(server):
+    with pytest.raises(UnsupportedModel, match="AutoModelForSpeechSeq2Seq"):
+        modelcache.StreamingModel("x", "AutoModelForSpeechSeq2Seq", address=server.address)
+    with pytest.raises(UnsupportedModel, match="no class 'BertForNothing'"):
+        modelcache.StreamingModel("x", "BertForNothing", address=server.address)
+
+
+def test_a_masked_language_model_loads_with_its_tied_head(tmp_path):
+    from transformers import BertConfig
+
+    from support.models import TINY
+
+    torch.manual_seed(0)
+    BertForMaskedLM(BertConfig(**TINY)).save_pretrained(tmp_path)
+    whole = BertForMaskedLM.from_pretrained(tmp_path)
+    ids = torch.arange(12).view(1, 12)
+    with FaultyServer(tmp_path) as server:
+        with modelcache.StreamingModel("x", BertForMaskedLM, address=server.address) as model:
+            decoder = model.model.cls.predictions.decoder
+            assert torch.equal(model(ids).logits, whole(ids).logits)
+            assert decoder.weight is model.model.bert.embeddings.word_embeddings.weight
+        loaded = modelcache.from_pretrained(BertForMaskedLM, "x", address=server.address)
+    assert torch.equal(loaded(ids).logits, whole(ids).logits)
