@@ -54,10 +54,9 @@ def print_similarity(embeddings: torch.Tensor) -> None:
 def print_cache(model: modelcache.StreamingBertModel) -> None:
     """What the streamed model keeps in memory, and what it read."""
     info, stats = model.get_cache_info(), model.get_inference_stats()
-    layers = ", ".join(name.removeprefix("encoder.") for name in info["cached_components"])
-    print(
-        f"\nIn memory after {stats['total_inferences']} passes: {info['memory_usage_mb']:.1f} MiB, of the layers {layers}"
-    )
+    layers = ", ".join(info["cached_components"])
+    print(f"\nIn memory after {stats['total_inferences']} passes: {info['memory_usage_mb']:.1f} MiB; of the layers:")
+    print(f"  {layers}")
     print(
         f"  layers found in memory {stats['cache_hits']}, read ahead {stats['prefetch_hits']}, waited for "
         f"{stats['cache_misses']}; {stats['bytes_received'] / 2**20:.1f} MiB over {stats['lane']}"

