@@ -74,6 +74,9 @@ class RevisionStatus(Part):
     active: Hex | None = None
     """The revision that is served."""
 
+    active_requested: Text | None = None
+    """Branch, tag or commit by which active was asked for."""
+
     short: Annotated[str, Field(max_length=12)] | None = None
     """The first 12 characters of active, for `kubectl get`."""
 

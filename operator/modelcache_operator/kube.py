@@ -126,7 +126,7 @@ class Kube:
     async def apply(self, obj: Object, *, subresource: str = "") -> Object:
         """Server-side apply; creates the object if it is not there (a subresource: 404).
 
-        A resourceVersion in the metadata makes a stale apply fail with 409; a uid alone is not checked for subresources.
+        A resourceVersion in the metadata makes a stale apply fail with 409; a uid alone is not checked for status.
         """
         resource = RESOURCES[obj["kind"]]
         path = resource.path(obj["metadata"]["namespace"], obj["metadata"]["name"])

@@ -1,0 +1,188 @@
+"""What the Jobs of one thing to do say: running, done with a result, or failed and why. Pure."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from modelcache_api.reasons import REASONS
+from modelcache_operator.clock import parse_time
+from modelcache_operator.observed import Observed, is_deleting
+from modelcache_operator.resources import names
+from modelcache_operator.resources.names import Object
+
+TRANSIENT_BASE_SECONDS = 30.0
+_BY_EXIT_CODE = {info.exit_code: reason for reason, info in REASONS.items()}
+_PULL_ERRORS = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"}
+_CONFIG_ERRORS = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a Job failed.
+
+    Attributes:
+        reason: CamelCase, a row of the shared table where the program itself said it.
+        message: A sentence with what the user can do.
+        permanent: Whether the same input fails again.
+    """
+
+    reason: str
+    message: str
+    permanent: bool
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One Job, read.
+
+    Attributes:
+        job: As read.
+        number: From 1.
+        state: What it is doing.
+        finished: Seconds since the epoch; 0 while it runs.
+    """
+
+    job: Object
+    number: int
+    state: Literal["running", "complete", "failed"]
+    finished: float
+
+    @property
+    def uid(self) -> str:
+        """The Job's uid."""
+        return str(self.job["metadata"]["uid"])
+
+
+def read(job: Object) -> Attempt:
+    """Read a Job's conditions."""
+    labels = job["metadata"].get("labels") or {}
+    text = labels.get(names.ATTEMPT_LABEL, "")
+    number = int(text) if text.isdigit() else 1
+    status = job.get("status") or {}
+    for condition in status.get("conditions") or []:
+        if condition.get("status") != "True":
+            continue
+        if condition["type"] == "Complete":
+            return Attempt(job, number, "complete", parse_time(condition.get("lastTransitionTime")))
+        if condition["type"] == "Failed":
+            return Attempt(job, number, "failed", parse_time(condition.get("lastTransitionTime")))
+    return Attempt(job, number, "running", 0.0)
+
+
+def of_family(observed: Observed, component: str, family: str) -> list[Attempt]:
+    """All attempts at the same thing that are not being deleted, oldest first."""
+    found = [
+        read(job)
+        for job in observed.jobs
+        if (job["metadata"].get("labels") or {}).get(names.KEY_LABEL) == family
+        and (job["metadata"].get("labels") or {}).get(names.COMPONENT_LABEL) == component
+        and observed.owns(job)
+        and not is_deleting(job)
+    ]
+    return sorted(found, key=lambda attempt: attempt.number)
+
+
+def pods_of(job: Object, pods: Sequence[Object]) -> list[Object]:
+    """A Job's pods, oldest first."""
+    uid = job["metadata"]["uid"]
+    mine = [pod for pod in pods if any(r.get("uid") == uid for r in pod["metadata"].get("ownerReferences") or [])]
+    return sorted(mine, key=lambda pod: str(pod["metadata"].get("creationTimestamp", "")))
+
+
+def result(attempt: Attempt, pods: Sequence[Object]) -> Mapping[str, Any] | None:
+    """What a complete Job's program reported; None if that was lost with its pod."""
+    for pod in reversed(pods_of(attempt.job, pods)):
+        message = _message(pod)
+        if message.get("result") in {"planned", "fetched"}:
+            return message
+    return None
+
+
+def failure(attempt: Attempt, pods: Sequence[Object]) -> Failure:
+    """Why a failed Job failed, from the most precise witness there is."""
+    for pod in reversed(pods_of(attempt.job, pods)):
+        if (found := pod_failure(pod)) is not None:
+            return found
+    for condition in (attempt.job.get("status") or {}).get("conditions") or []:
+        if condition.get("type") == "Failed" and condition.get("reason") == "DeadlineExceeded":
+            return Failure(
+                "DeadlineExceeded",
+                "The Job took longer than activeDeadlineSeconds; raise spec.fetch.activeDeadlineSeconds.",
+                permanent=False,
+            )
+        if condition.get("type") == "Failed":
+            text = str(condition.get("message") or condition.get("reason") or "no reason given")
+            return Failure("JobFailed", f"The Job failed: {text}.", permanent=False)
+    return Failure("JobFailed", "The Job failed and its pods are gone.", permanent=False)
+
+
+def pod_failure(pod: Object) -> Failure | None:
+    """Why a pod ended with an error; None if it did not."""
+    status = pod.get("status") or {}
+    if status.get("reason") == "Evicted":
+        return Failure("Evicted", f"The pod was evicted: {status.get('message', '')}", permanent=False)
+    message = _message(pod)
+    if message.get("result") == "failed" and message.get("reason"):
+        permanent = bool(message.get("permanent"))
+        return Failure(str(message["reason"]), str(message.get("message", "")), permanent=permanent)
+    terminated = _terminated(pod)
+    code = terminated.get("exitCode", 0)
+    if not terminated or code == 0:
+        return None
+    if terminated.get("reason") == "OOMKilled":
+        return Failure(
+            "OutOfMemory",
+            "The container used more memory than its limit; raise spec.fetch.resources.limits.memory.",
+            permanent=False,
+        )
+    last = str(terminated.get("message") or "").strip()[-500:]
+    if (reason := _BY_EXIT_CODE.get(code)) is not None:
+        info = REASONS[reason]
+        return Failure(reason.value, last or f"{info.summary}; {info.remedy}", permanent=info.permanent)
+    return Failure("ContainerFailed", f"The container ended with exit code {code}. {last}".strip(), permanent=False)
+
+
+def obstacle(pod: Object) -> tuple[str, str] | None:
+    """(reason, message) of what keeps a pod from running; None if nothing does."""
+    status = pod.get("status") or {}
+    for container in status.get("containerStatuses") or []:
+        waiting = (container.get("state") or {}).get("waiting") or {}
+        kind = waiting.get("reason", "")
+        if kind in _PULL_ERRORS:
+            image = container.get("image", "")
+            return "ImagePullError", f"The image {image} cannot be pulled; check the name and imagePullSecrets."
+        if kind in _CONFIG_ERRORS:
+            return kind, str(waiting.get("message", "the container cannot be created"))
+        if kind == "CrashLoopBackOff":
+            last = ((container.get("lastState") or {}).get("terminated") or {}).get("message", "")
+            return "CrashLoopBackOff", f"The container crashes: {str(last).strip()[-500:] or 'see its logs'}"
+    for condition in status.get("conditions") or []:
+        if condition.get("type") == "PodScheduled" and condition.get("status") == "False":
+            return "Unschedulable", f"No node takes the pod: {condition.get('message', '')}"
+    return None
+
+
+def retry_delay(number: int, failed: Failure, retry_seconds: float) -> float:
+    """Seconds from a failure to the next attempt: permanent ones wait the full time, others longer each time."""
+    if failed.permanent:
+        return retry_seconds
+    return min(retry_seconds, TRANSIENT_BASE_SECONDS * float(2 ** min(number - 1, 10)))
+
+
+def _terminated(pod: Object) -> Mapping[str, Any]:
+    for container in (pod.get("status") or {}).get("containerStatuses") or []:
+        terminated: Mapping[str, Any] = (container.get("state") or {}).get("terminated") or {}
+        if terminated:
+            return terminated
+    return {}
+
+
+def _message(pod: Object) -> Mapping[str, Any]:
+    """The termination message as JSON; {} if it is something else."""
+    text = _terminated(pod).get("message") or ""
+    try:
+        decoded = json.loads(text)
+    except ValueError:
+        return {}
+    return decoded if isinstance(decoded, dict) else {}

@@ -1,0 +1,182 @@
+"""Fourth stage: the weight servers and their Services."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from modelcache_operator import attempts
+from modelcache_operator.actions import Actions, is_changed, marked_object
+from modelcache_operator.comparison import covers
+from modelcache_operator.conditions import SERVING, Condition
+from modelcache_operator.fetching import Active
+from modelcache_operator.observed import Observed
+from modelcache_operator.resources import claim as claims
+from modelcache_operator.resources import names, server
+from modelcache_operator.resources.names import Object
+from modelcache_operator.settings import Settings
+from modelcache_operator.storing import Stored
+
+ROLLOUT_WAIT_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Served:
+    """The servers as they are.
+
+    Attributes:
+        condition: Serving.
+        endpoint: status.endpoint.
+        server: status.server.
+        is_wanted: Whether there are to be servers at all.
+    """
+
+    condition: Condition
+    endpoint: dict[str, Any] = field(default_factory=dict)
+    server: dict[str, Any] = field(default_factory=dict)
+    is_wanted: bool = True
+
+
+def serve(observed: Observed, settings: Settings, actions: Actions, stored: Stored, active: Active | None) -> Served:
+    """Bring servers and Services to what they should be.
+
+    Args:
+        observed: What was read.
+        settings: The operator's.
+        actions: Takes what is to be done.
+        stored: The volume.
+        active: What is active on it; None: nothing, then no server starts.
+    """
+    selector = ",".join(f"{key}={value}" for key, value in sorted(names.selector(observed.name).items()))
+    if observed.spec.server.replicas == 0:
+        _remove_all(observed, actions)
+        text = "spec.server.replicas is 0: pods mount the volume."
+        state = {"replicas": 0, "readyReplicas": 0, "selector": selector}
+        return Served(Condition(SERVING, "False", "MountOnly", text), {}, state, is_wanted=False)
+    status = (observed.deployment or {}).get("status") or {}
+    counts = {
+        "replicas": int(status.get("replicas") or 0),
+        "readyReplicas": int(status.get("readyReplicas") or 0),
+        "selector": selector,
+    }
+    if (conflict := _conflict(observed, actions)) is not None:
+        return Served(conflict, {}, counts)
+    for wanted in server.services(observed.cr):
+        actions.ensure(wanted, observed.services.get(wanted["metadata"]["name"]))
+    trouble = _deploy(observed, settings, actions, stored, active)
+    return Served(trouble or _condition(observed, actions, active), _endpoint(observed), counts)
+
+
+def _conflict(observed: Observed, actions: Actions) -> Condition | None:
+    """A child that exists and is not ours; nothing of the servers is touched then."""
+    found = [observed.deployment, *observed.services.values(), observed.key_set]
+    for child in found:
+        if child is None or observed.is_ours(child):
+            continue
+        what = f"{child['kind']} {child['metadata']['name']}"
+        actions.look_again(2 if observed.leftover(child) else 60)
+        if observed.leftover(child):
+            return Condition(SERVING, "False", "Terminating", f"{what} of an earlier ModelCache is still going.")
+        text = f"{what} exists and is not ours; it is not touched. Rename it or this ModelCache."
+        return Condition(SERVING, "False", "NameConflict", text)
+    return None
+
+
+def _deploy(
+    observed: Observed, settings: Settings, actions: Actions, stored: Stored, active: Active | None
+) -> Condition | None:
+    """Apply Deployment and key set where that is called for; what keeps it from being applied otherwise."""
+    live = observed.deployment
+    spec = observed.spec
+    if stored.claim is None or active is None:
+        replicas = 0
+        if live is None:
+            return None
+    else:
+        replicas = spec.server.replicas
+    keys = observed.keys if spec.server.access.mode == "Token" else None
+    if spec.server.access.mode == "Token":
+        if keys is None:
+            actions.look_again(10)
+            text = "The cluster's public keys (/openid/v1/jwks) cannot be read; servers that verify tokens need them."
+            return Condition(SERVING, "False", "KeySetUnavailable", text)
+        actions.ensure(server.key_set(observed.cr, keys), observed.key_set)
+    else:
+        actions.remove(observed.key_set)
+    planned = active.bytes if active is not None else 0
+    wanted = server.deployment(
+        observed.cr,
+        spec,
+        settings,
+        claim=stored.name,
+        many_nodes=claims.many_nodes(spec, observed.claim),
+        cache=server.cache_bytes(spec, planned, live),
+        replicas=replicas,
+        keys=keys,
+    )
+    _roll(observed, actions, wanted, live)
+    return None
+
+
+def _roll(observed: Observed, actions: Actions, wanted: Object, live: Object | None) -> None:
+    """Apply the Deployment; a change that restarts pods waits for its turn: an upgrade moves a few at a time."""
+    if live is None or not is_changed(live, marked_object(wanted)):
+        actions.ensure(wanted, live)
+        return
+    annotation = names.TEMPLATE_ANNOTATION
+    restarts = (live["metadata"].get("annotations") or {}).get(annotation) != wanted["metadata"]["annotations"][
+        annotation
+    ] or not covers(live["spec"]["template"], wanted["spec"]["template"])
+    going_down = wanted["spec"]["replicas"] == 0
+    if not restarts or going_down or observed.slots.get("rollout"):
+        actions.ensure(wanted, live)
+    elif "rollout" not in observed.slots:
+        actions.asks.add("rollout")
+    else:
+        actions.look_again(ROLLOUT_WAIT_SECONDS)
+
+
+def _condition(observed: Observed, actions: Actions, active: Active | None) -> Condition:
+    live = observed.deployment
+    if active is None:
+        return Condition(SERVING, "False", "WaitingForFetch", "Servers start when a snapshot is on the volume.")
+    refusal = observed.refusals.get(("Deployment", names.weights_name(observed.name)))
+    status = (live or {}).get("status") or {}
+    available = int(status.get("availableReplicas") or 0)
+    if available:
+        wanted = observed.spec.server.replicas
+        text = f"{available} of {wanted} servers are ready."
+        if refusal is not None:
+            text += f" The last change was refused: {refusal.message}"
+        return Condition(SERVING, "True", "Serving", text)
+    if refusal is not None:
+        return Condition(SERVING, "False", refusal.reason, refusal.message)
+    for pod in _server_pods(observed):
+        if (found := attempts.obstacle(pod)) is not None:
+            return Condition(SERVING, "False", *found)
+    for condition in status.get("conditions") or []:
+        if condition.get("type") == "ReplicaFailure" and condition.get("status") == "True":
+            text = str(condition.get("message", ""))
+            return Condition(SERVING, "False", "QuotaExceeded" if "exceeded quota" in text else "PodRefused", text)
+    actions.look_again(30)
+    return Condition(SERVING, "False", "Starting", "The servers are starting and filling their caches.")
+
+
+def _server_pods(observed: Observed) -> list[Object]:
+    return [
+        pod
+        for pod in observed.pods
+        if (pod["metadata"].get("labels") or {}).get(names.COMPONENT_LABEL) == names.SERVER
+        and not pod["metadata"].get("deletionTimestamp")
+    ]
+
+
+def _endpoint(observed: Observed) -> dict[str, Any]:
+    host = f"{names.weights_name(observed.name)}.{observed.cr['metadata']['namespace']}.svc"
+    scheme = "https" if observed.spec.server.access.tls is not None else "http"
+    return {"grpc": f"dns:///{host}:{server.GRPC_PORT}", "http": f"{scheme}://{host}:{server.HTTP_PORT}"}
+
+
+def _remove_all(observed: Observed, actions: Actions) -> None:
+    """Without servers their objects go; claims and snapshots stay."""
+    for child in (observed.deployment, *observed.services.values(), observed.key_set):
+        if child is not None and observed.owns(child):
+            actions.remove(child)

@@ -1,0 +1,711 @@
+"""The life cycle, state by state, decided by pure functions in a world in memory."""
+
+import pytest
+
+from modelcache_operator.resources.server import TokenKeys
+from support.operator_world import COMMITS, World
+
+READY = {
+    "Resolved": ("True", "Resolved"),
+    "Fetched": ("True", "Fetched"),
+    "Serving": ("True", "Serving"),
+    "UpToDate": ("True", "UpToDate"),
+    "Ready": ("True", "Serving"),
+}
+
+
+def states(world):
+    return {type_: status for type_, (status, _) in world.conditions.items()}
+
+
+def test_the_way_to_ready():
+    world = World()
+    world.settle()
+    assert len(world.names("Job")) == 1
+    assert world.names("PersistentVolumeClaim") == []
+    assert world.conditions["UpToDate"] == ("False", "Planning")
+    assert world.names("Service") == ["bert-weights", "bert-weights-pods"]
+    world.finish("plan")
+    world.settle()
+    assert world.claim()["spec"]["resources"]["requests"]["storage"] == "1Gi"
+    assert world.conditions["Fetched"] == ("False", "Fetching")
+    assert world.cr["status"]["progress"]["percent"] == "0%"
+    assert world.names("Deployment") == []
+    world.finish("fetch")
+    world.settle()
+    assert world.conditions["Serving"] == ("False", "Starting")
+    assert world.conditions["Ready"][0] == "False"
+    world.servers_are_up()
+    world.settle()
+    assert world.conditions == READY
+    status = world.cr["status"]
+    assert status["endpoint"] == {"grpc": "dns:///bert-weights.ns.svc:9090", "http": "http://bert-weights.ns.svc:8080"}
+    assert status["revision"]["active"] == COMMITS["main"]
+    assert status["revision"]["short"] == "a" * 12
+    assert (status["files"], status["bytes"], status["size"]) == (3, 100 * 2**20, "100.0 MiB")
+    assert "progress" not in status
+    assert world.events == ["Activated"]
+
+
+def test_when_all_is_well_nothing_is_written_and_nothing_is_asked_for():
+    world = World().to_ready()
+    world.now += 100_000
+    decision = world.decide(slots={})
+    assert [*decision.creates, *decision.applies, *decision.deletes, *decision.asks, *decision.notes] == []
+    assert decision.status == world.cr["status"]
+    assert decision.requeue_after is None
+
+
+def test_a_process_that_remembers_nothing_does_nothing_again_at_any_step():
+    """Every decision is a function of what is in the cluster: repeating a step writes nothing new."""
+    world = World()
+    for act in (
+        lambda: None,
+        lambda: world.finish("plan"),
+        lambda: world.finish("fetch"),
+        world.servers_are_up,
+    ):
+        act()
+        world.settle()
+        before = world.writes
+        world.step()
+        assert world.writes == before
+
+
+def test_a_change_of_revision_is_fetched_beside_the_running_server():
+    world = World().to_ready()
+    template = world.deployment()["spec"]["template"]
+    world.change(revision="v2")
+    world.settle()
+    assert world.conditions["Ready"] == ("True", "Serving")
+    assert world.conditions["UpToDate"] == ("False", "Planning")
+    assert world.cr["status"]["revision"]["active"] == COMMITS["main"]
+    world.finish("plan")
+    world.settle()
+    assert world.conditions["UpToDate"] == ("False", "Fetching")
+    world.finish("fetch")
+    world.settle()
+    assert world.conditions == READY
+    revision = world.cr["status"]["revision"]
+    assert revision["active"] == COMMITS["v2"]
+    assert revision["previous"] == [{"requested": "main", "commit": COMMITS["main"], "digest": "digest-a"}]
+    assert world.deployment()["spec"]["template"] == template, "a rebuild restarts no server"
+
+
+def test_going_back_runs_new_jobs_and_takes_no_old_result_for_a_new_one():
+    world = World().to_ready()
+    for revision in ("v2", "main", "v2", "main"):
+        world.change(revision=revision)
+        world.settle()
+        world.finish("plan")
+        world.settle()
+        world.finish("fetch")
+        world.settle()
+        assert world.cr["status"]["revision"]["active"] == COMMITS[revision]
+        assert world.conditions == READY
+    assert len(world.downloads) == 5
+    assert len(world.names("Job")) == 2, "the newest of each kind is kept for its logs, no more"
+
+
+def test_observed_generation_follows_in_the_first_reconcile_after_a_change():
+    """`kubectl apply && kubectl wait --for=condition=UpToDate` must never see the old True as the new one."""
+    world = World().to_ready()
+    world.change(revision="v2")
+    decision = world.decide()
+    assert decision.status["observedGeneration"] == 2
+    up_to_date = next(c for c in decision.status["conditions"] if c["type"] == "UpToDate")
+    assert (up_to_date["status"], up_to_date["observedGeneration"]) == ("False", 2)
+
+
+@pytest.mark.parametrize("component", ["plan", "fetch"])
+@pytest.mark.parametrize("reason", ["AuthFailed", "NotFound", "NoSpace", "BadWeights", "SecretMissing"])
+def test_a_failing_new_revision_leaves_the_old_one_serving_with_the_reason_shown(component, reason):
+    world = World().to_ready()
+    world.change(revision="bad")
+    world.settle()
+    if component == "fetch":
+        world.finish("plan")
+        world.settle()
+    world.finish(component, reason=reason)
+    world.settle()
+    assert world.conditions["Ready"] == ("True", "Serving")
+    assert world.conditions["UpToDate"] == ("False", reason)
+    assert world.conditions["Fetched"][0] == "False"
+    assert world.cr["status"]["revision"]["active"] == COMMITS["main"]
+    message = world.message("UpToDate")
+    assert f"{reason} happened." in message
+    assert "at most every 5 minutes" in message
+    assert "modelcache.io/reconcile-at" in message
+
+
+@pytest.mark.parametrize("component", ["plan", "fetch"])
+def test_a_permanent_failure_is_tried_again_after_five_minutes_and_not_before(component):
+    world = World()
+    world.settle()
+    if component == "fetch":
+        world.finish("plan")
+        world.settle()
+    world.finish(component, reason="AuthFailed")
+    decision = world.settle()
+    assert 299 <= decision.requeue_after <= 300
+    world.now += 290
+    world.settle()
+    assert not world.running("plan")
+    assert not world.running("fetch")
+    world.now += 11
+    world.settle()
+    assert world.conditions["UpToDate"] == ("False", "AuthFailed"), "the reason stays while it is tried again"
+    assert len(world.running("plan")) == 1, "the source is looked at first"
+    world.finish("plan")
+    world.settle()
+    assert len(world.running("fetch")) == 1
+    assert len(world.names("Job")) <= 4
+    world.finish("fetch")
+    world.settle()
+    world.servers_are_up()
+    world.settle()
+    assert world.conditions == READY
+
+
+@pytest.mark.parametrize("component", ["plan", "fetch"])
+def test_the_annotation_has_a_failure_tried_again_at_once(component):
+    world = World()
+    world.settle()
+    if component == "fetch":
+        world.finish("plan")
+        world.settle()
+    world.finish(component, reason="SecretMissing")
+    world.settle()
+    world.now += 1
+    world.annotate("now")
+    world.settle()
+    world.finish("plan")
+    world.settle()
+    world.finish("fetch")
+    world.settle()
+    assert world.conditions["Fetched"] == ("True", "Fetched")
+
+
+def test_the_annotation_looks_at_a_moved_branch_once():
+    world = World().to_ready()
+    world.annotate("1")
+    world.settle()
+    assert world.conditions == READY, "a look changes nothing until it finds something"
+    world.finish("plan", commit="d" * 40)
+    world.settle()
+    assert world.conditions["UpToDate"] == ("False", "Fetching")
+    world.finish("fetch", commit="d" * 40, digest="digest-d")
+    world.settle()
+    assert world.conditions == READY
+    assert not world.running("plan")
+
+
+def test_transient_failures_are_retried_sooner_at_first_and_later_each_time():
+    world = World()
+    world.settle()
+    waits = []
+    for _ in range(6):
+        world.finish("plan", reason="Unavailable", permanent=False)
+        waits.append(round(world.settle().requeue_after))
+        world.now += waits[-1] + 1
+        world.settle()
+    assert waits == [30, 60, 120, 240, 300, 300]
+
+
+def test_a_failed_look_while_a_fetch_waits_for_its_retry_does_not_loop_hot():
+    world = World()
+    world.settle()
+    world.finish("plan")
+    world.settle()
+    world.finish("fetch", reason="NoSpace")
+    world.settle()
+    world.now += 301
+    world.settle()
+    world.finish("plan", reason="Unavailable", permanent=False)
+    decision = world.settle()
+    assert decision.requeue_after > 20
+
+
+def test_refresh_looks_again_after_the_interval_and_fetches_only_what_moved():
+    world = World(refresh={"interval": "10m"}).to_ready()
+    decision = world.settle()
+    assert 500 < decision.requeue_after <= 660
+    world.now += decision.requeue_after + 1
+    world.settle()
+    assert len(world.running("plan")) == 1
+    assert world.conditions == READY
+    world.finish("plan")
+    world.settle()
+    assert world.conditions == READY
+    assert not world.running("fetch")
+    world.now += 661
+    world.settle()
+    world.finish("plan", commit="d" * 40)
+    world.settle()
+    assert world.conditions["Ready"][0] == "True"
+    assert world.conditions["UpToDate"] == ("False", "Fetching")
+    world.finish("fetch", commit="d" * 40, digest="digest-d")
+    world.settle()
+    assert world.cr["status"]["revision"]["active"] == "d" * 40
+
+
+def test_a_failed_refresh_keeps_what_is_served_up_to_date_and_says_so():
+    world = World(refresh={"interval": "10m"}).to_ready()
+    world.now += 700
+    world.settle()
+    world.finish("plan", reason="Unavailable", permanent=False)
+    world.settle()
+    assert world.conditions["Resolved"] == ("False", "Unavailable")
+    assert world.conditions["UpToDate"] == ("True", "UpToDate")
+    assert "stays in use" in world.message("Resolved")
+
+
+def test_a_branch_that_moves_during_the_fetch_is_taken_as_it_was_fetched():
+    world = World()
+    world.settle()
+    world.finish("plan")
+    world.settle()
+    world.finish("fetch", commit="d" * 40, digest="digest-d")
+    world.settle()
+    assert not world.running("fetch")
+    assert world.cr["status"]["revision"] | {"previous": []} == {
+        "requested": "main", "activeRequested": "main", "resolved": "d" * 40, "active": "d" * 40, "short": "d" * 12,
+        "previous": [],
+    }  # fmt: skip
+
+
+def test_a_new_spec_stops_the_fetch_of_the_old_one_and_waits_until_its_pod_is_gone():
+    world = World()
+    world.settle()
+    world.finish("plan")
+    world.settle()
+    [old] = world.running("fetch")
+    pod = world.pod_of(old, phase="Running")
+    world.change(revision="v2")
+    world.settle()
+    assert not world.running("fetch")
+    world.finish("plan")
+    world.settle()
+    assert world.conditions["Fetched"] == ("False", "Waiting")
+    world.objects.pop(("Pod", pod["metadata"]["name"]))
+    world.settle()
+    assert len(world.running("fetch")) == 1
+
+
+def test_a_result_that_went_with_its_pod_is_made_again():
+    world = World()
+    world.settle()
+    world.finish("plan")
+    for name in world.names("Pod"):
+        world.objects.pop(("Pod", name))
+    world.settle()
+    assert len(world.running("plan")) == 1
+    world.finish("plan")
+    world.settle()
+    assert world.conditions["Resolved"][0] == "True"
+
+
+def test_suspend_stops_jobs_and_keeps_serving_and_goes_on_afterwards():
+    world = World().to_ready()
+    world.change(suspend=True, revision="v2")
+    world.settle()
+    assert world.conditions["UpToDate"] == ("False", "Suspended")
+    assert world.conditions["Ready"][0] == "True"
+    assert not world.running("plan")
+    world.change(suspend=False)
+    world.settle()
+    world.finish("plan")
+    world.settle()
+    world.change(suspend=True)
+    world.settle()
+    assert not world.running("fetch")
+    assert world.conditions["Fetched"] == ("False", "Suspended")
+    assert world.conditions["Ready"][0] == "True"
+    world.change(suspend=False)
+    world.settle()
+    assert len(world.running("fetch")) == 1
+
+
+def test_without_servers_pods_mount_the_volume_and_scaling_brings_them_back():
+    world = World(server={"replicas": 0})
+    world.settle()
+    world.finish("plan")
+    world.settle()
+    world.finish("fetch")
+    world.settle()
+    assert world.conditions["Serving"] == ("False", "MountOnly")
+    assert world.conditions["Ready"] == ("True", "MountOnly")
+    assert world.conditions["UpToDate"] == ("True", "UpToDate")
+    assert world.names("Deployment") == world.names("Service") == []
+    assert "endpoint" not in world.cr["status"]
+    world.change(server={"replicas": 2})
+    world.settle()
+    world.servers_are_up()
+    world.settle()
+    assert world.conditions == READY
+    assert world.cr["status"]["server"] == {
+        "replicas": 2, "readyReplicas": 2, "selector": "modelcache.io/component=server,modelcache.io/name=bert"
+    }  # fmt: skip
+    world.change(server={"replicas": 0})
+    world.settle()
+    assert world.names("Deployment") == world.names("Service") == []
+    assert world.conditions["Ready"] == ("True", "MountOnly")
+
+
+def test_servers_that_still_announce_the_old_revision_keep_it_from_being_up_to_date():
+    world = World().to_ready()
+    world.change(revision="v2")
+    world.settle()
+    world.finish("plan")
+    world.settle()
+    world.finish("fetch")
+    world.announced = frozenset({"digest-a"})
+    world.settle()
+    assert world.conditions["UpToDate"] == ("False", "Announcing")
+    assert world.conditions["Ready"][0] == "True"
+    world.announced = frozenset({"digest-b"})
+    world.settle()
+    assert world.conditions == READY
+
+
+# --- the volume
+
+
+def test_the_volume_grows_for_a_larger_revision_and_never_shrinks():
+    world = World().to_ready()
+    world.change(revision="v2")
+    world.settle()
+    world.finish("plan", bytes=10 * 2**30)
+    world.settle()
+    assert world.claim()["spec"]["resources"]["requests"]["storage"] == "12Gi"
+    world.finish("fetch", bytes=10 * 2**30)
+    world.settle()
+    world.change(revision="main")
+    world.settle()
+    world.finish("plan", bytes=2**20)
+    world.settle()
+    assert world.claim()["spec"]["resources"]["requests"]["storage"] == "12Gi"
+
+
+def test_a_fetch_waits_for_growth_but_not_for_what_only_its_own_mount_can_finish():
+    world = World().to_ready()
+    world.change(revision="v2")
+    world.settle()
+    world.finish("plan", bytes=10 * 2**30)
+    world.step()
+    world.claim()["status"]["capacity"] = {"storage": "1Gi"}
+    world.settle()
+    assert world.conditions["Fetched"] == ("False", "GrowingVolume")
+    assert not world.running("fetch")
+    world.claim()["status"]["conditions"] = [{"type": "FileSystemResizePending", "status": "True"}]
+    world.settle()
+    assert len(world.running("fetch")) == 1
+
+
+def test_a_fetch_does_not_wait_for_growth_for_ever():
+    world = World().to_ready()
+    world.change(revision="v2")
+    world.settle()
+    world.finish("plan", bytes=10 * 2**30)
+    world.step()
+    world.claim()["status"]["capacity"] = {"storage": "1Gi"}
+    world.settle()
+    world.now += 121
+    world.settle()
+    assert len(world.running("fetch")) == 1
+
+
+def test_growth_that_the_class_refuses_is_said_and_the_fetch_tries_with_what_there_is():
+    world = World().to_ready()
+    world.change(revision="v2")
+    world.settle()
+    world.finish("plan", bytes=10 * 2**30)
+    from modelcache_operator.observed import Refusal
+
+    world.refusals["PersistentVolumeClaim", "bert-weights"] = Refusal(403, "the class does not support resize")
+    world.settle()
+    assert len(world.running("fetch")) == 1
+    world.finish("fetch", reason="NoSpace")
+    world.settle()
+    assert world.conditions["Fetched"] == ("False", "NoSpace")
+    assert "the class does not support resize" in world.message("Fetched")
+    assert world.conditions["Ready"][0] == "True"
+
+
+def test_the_users_size_counts_and_raising_it_during_a_fetch_does_not_stop_it():
+    world = World(storage={"size": "5Gi"})
+    world.settle()
+    world.finish("plan")
+    world.settle()
+    assert world.claim()["spec"]["resources"]["requests"]["storage"] == "5Gi"
+    [job] = world.running("fetch")
+    world.change(storage={"size": "7Gi"})
+    world.settle()
+    assert world.claim()["spec"]["resources"]["requests"]["storage"] == "7Gi"
+    assert world.running("fetch") == [job]
+
+
+def test_a_deleted_volume_stops_the_servers_and_is_made_and_filled_anew():
+    world = World().to_ready()
+    world.claim()["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+    world.settle()
+    assert world.deployment()["spec"]["replicas"] == 0
+    assert world.conditions["Ready"] == ("False", "VolumeTerminating")
+    assert world.events[-1] == "VolumeTerminating"
+    world.objects.pop(("PersistentVolumeClaim", "bert-weights"))
+    world.settle()
+    assert world.claim()["metadata"]["uid"] != ""
+    assert world.conditions["Fetched"] == ("False", "Fetching")
+    world.finish("fetch")
+    world.settle()
+    assert world.deployment()["spec"]["replicas"] == 1
+    world.servers_are_up()
+    world.settle()
+    assert world.conditions == READY
+
+
+def test_a_volume_that_is_replaced_behind_our_back_holds_nothing():
+    world = World().to_ready()
+    world.claim()["metadata"]["uid"] = "another"
+    world.settle()
+    assert world.conditions["Fetched"] == ("False", "Fetching")
+    assert world.deployment()["spec"]["replicas"] == 0
+
+
+def test_an_existing_claim_is_used_and_never_written():
+    world = World(storage={"existingClaim": "mine"})
+    world.settle()
+    world.finish("plan")
+    world.settle()
+    assert world.conditions["Fetched"] == ("False", "ClaimNotFound")
+    mine = world.add(
+        {
+            "apiVersion": "v1",
+            "kind": "PersistentVolumeClaim",
+            "metadata": {"name": "mine"},
+            "spec": {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "1Gi"}}},
+        }
+    )
+    before = dict(mine)
+    world.settle()
+    [job] = world.running("fetch")
+    assert job["spec"]["template"]["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"] == "mine"
+    world.finish("fetch")
+    world.settle()
+    assert world.objects["PersistentVolumeClaim", "mine"] == before
+    assert world.cr["status"]["volume"] == {"claimName": "mine"}
+    assert "affinity" not in world.deployment()["spec"]["template"]["spec"], "ReadWriteMany: they spread"
+
+
+def test_a_retained_volume_has_no_owner_and_the_next_of_the_name_adopts_it():
+    world = World(storage={"reclaimPolicy": "Retain"}).to_ready()
+    claim = world.claim()
+    assert "ownerReferences" not in claim["metadata"]
+    heir = World(storage={"reclaimPolicy": "Delete"})
+    heir.cr["metadata"]["uid"] = "cr-2"
+    heir.objects["PersistentVolumeClaim", "bert-weights"] = claim
+    heir.to_ready()
+    assert heir.conditions == READY
+    assert heir.claim()["metadata"]["ownerReferences"][0]["uid"] == "cr-2"
+    assert heir.claim()["metadata"]["uid"] == claim["metadata"]["uid"]
+
+
+def test_the_volume_of_the_one_that_had_the_name_before_is_waited_for():
+    world = World()
+    old = World().to_ready().claim()
+    old["metadata"]["ownerReferences"][0]["uid"] = "cr-0"
+    world.objects["PersistentVolumeClaim", "bert-weights"] = old
+    world.settle()
+    world.finish("plan")
+    world.settle()
+    assert world.conditions["Fetched"] == ("False", "VolumeTerminating")
+    world.objects.pop(("PersistentVolumeClaim", "bert-weights"))
+    world.settle()
+    assert world.conditions["Fetched"] == ("False", "Fetching")
+
+
+# --- strangers, drift, refusals
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "condition"),
+    [
+        ("Deployment", "bert-weights", "Serving"),
+        ("Service", "bert-weights", "Serving"),
+        ("Service", "bert-weights-pods", "Serving"),
+        ("PersistentVolumeClaim", "bert-weights", "Fetched"),
+    ],
+)
+def test_a_stranger_with_our_name_is_not_touched(kind, name, condition):
+    world = World()
+    spec = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}, "template": {}}
+    stranger = world.add({"apiVersion": "v1", "kind": kind, "metadata": {"name": name}, "spec": spec})
+    before = dict(stranger)
+    world.settle()
+    world.finish("plan")
+    world.settle()
+    if condition == "Serving":
+        world.finish("fetch")
+        world.settle()
+    assert world.conditions[condition] == ("False", "NameConflict")
+    assert world.conditions["UpToDate"] == ("False", "NameConflict")
+    assert name in world.message(condition)
+    assert world.objects[kind, name] == before
+    world.objects.pop((kind, name))
+    world.settle()
+    assert world.conditions[condition][1] != "NameConflict"
+
+
+def test_drift_is_repaired():
+    world = World().to_ready()
+    world.deployment()["spec"]["template"]["spec"]["containers"][0]["image"] = "evil:latest"
+    world.deployment()["spec"]["replicas"] = 7
+    world.objects["Service", "bert-weights"]["spec"]["selector"] = {}
+    world.objects.pop(("Service", "bert-weights-pods"))
+    world.settle()
+    assert world.deployment()["spec"]["template"]["spec"]["containers"][0]["image"] == "modelcache:test"
+    assert world.deployment()["spec"]["replicas"] == 1
+    assert world.objects["Service", "bert-weights"]["spec"]["selector"]["modelcache.io/name"] == "bert"
+    assert world.names("Service") == ["bert-weights", "bert-weights-pods"]
+
+
+def test_a_deleted_deployment_comes_back():
+    world = World().to_ready()
+    world.objects.pop(("Deployment", "bert-weights"))
+    world.settle()
+    assert world.names("Deployment") == ["bert-weights"]
+    assert world.conditions["Ready"] == ("False", "Starting")
+
+
+def test_what_others_add_is_left_alone():
+    world = World().to_ready()
+    world.deployment()["metadata"]["annotations"]["deployment.kubernetes.io/revision"] = "1"
+    world.deployment()["spec"]["progressDeadlineSeconds"] = 600
+    world.deployment()["spec"]["template"]["spec"]["containers"].append({"name": "mesh", "image": "proxy"})
+    before = world.writes
+    world.step()
+    assert world.writes == before
+
+
+def test_an_upgrade_of_the_operator_fetches_nothing_and_rolls_the_servers_in_turn():
+    from dataclasses import replace
+
+    world = World().to_ready()
+    jobs = world.names("Job")
+    world.settings = replace(world.settings, image="modelcache:next")
+    world.slots["rollout"] = False
+    decision = world.settle()
+    assert decision.requeue_after == 5
+    assert world.deployment()["spec"]["template"]["spec"]["containers"][0]["image"] == "modelcache:test"
+    assert world.conditions == READY
+    world.slots["rollout"] = True
+    world.settle()
+    assert world.deployment()["spec"]["template"]["spec"]["containers"][0]["image"] == "modelcache:next"
+    assert world.names("Job") == jobs
+
+
+def test_scaling_needs_no_turn():
+    world = World().to_ready()
+    world.slots["rollout"] = False
+    world.change(server={"replicas": 3})
+    world.settle()
+    assert world.deployment()["spec"]["replicas"] == 3
+
+
+def test_budgets_are_asked_before_a_job_is_made_and_a_full_one_is_waited_for():
+    world = World()
+    assert world.decide(slots={}).asks == {"plan"}
+    assert not world.decide(slots={}).creates
+    world.settle()
+    world.finish("plan")
+    world.slots["fetch"] = False
+    decision = world.settle()
+    assert world.conditions["Fetched"] == ("False", "WaitingForTurn")
+    assert decision.requeue_after == 5
+    world.slots["fetch"] = True
+    world.settle()
+    assert len(world.running("fetch")) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [
+        (
+            {"containerStatuses": [{"image": "x:1", "state": {"waiting": {"reason": "ImagePullBackOff"}}}]},
+            "ImagePullError",
+        ),
+        (
+            {"conditions": [{"type": "PodScheduled", "status": "False", "message": "0/1 nodes are available"}]},
+            "Unschedulable",
+        ),
+        (
+            {"containerStatuses": [{"state": {"waiting": {"reason": "CreateContainerConfigError", "message": "m"}}}]},
+            "CreateContainerConfigError",
+        ),
+    ],
+)
+def test_what_keeps_a_jobs_pod_from_running_is_the_reason(status, reason):
+    world = World()
+    world.settle()
+    [job] = world.running("plan")
+    world.pod_of(job, phase="Pending", **status)
+    world.settle()
+    assert world.conditions["Resolved"] == ("False", reason)
+    assert world.conditions["Ready"] == ("False", reason)
+
+
+def test_a_quota_that_only_events_tell_of_is_the_reason():
+    world = World()
+    world.settle()
+    [job] = world.running("plan")
+    world.warnings[job["metadata"]["uid"]] = ['pods "x" is forbidden: exceeded quota: small, requested: pods=1']
+    world.settle()
+    assert world.conditions["Resolved"] == ("False", "QuotaExceeded")
+
+
+def test_an_evicted_or_killed_pod_of_a_running_job_is_told_and_the_job_goes_on():
+    world = World()
+    world.settle()
+    world.finish("plan")
+    world.settle()
+    [job] = world.running("fetch")
+    world.pod_of(job, phase="Failed", reason="Evicted")
+    world.settle()
+    assert world.conditions["Fetched"] == ("False", "Evicted")
+    assert world.running("fetch") == [job]
+
+
+def test_token_access_gives_the_servers_the_clusters_keys():
+    access = {"mode": "Token", "serviceAccounts": [{"name": "app"}, {"namespace": "other", "name": "job"}]}
+    world = World(server={"access": access})
+    world.settle()
+    world.finish("plan")
+    world.settle()
+    world.finish("fetch")
+    world.settle()
+    assert world.conditions["Serving"] == ("False", "KeySetUnavailable")
+    assert world.names("Deployment") == []
+    world.keys = TokenKeys("https://issuer", '{"keys": []}')
+    world.settle()
+    command = world.deployment()["spec"]["template"]["spec"]["containers"][0]["command"]
+    assert "--token-issuer=https://issuer" in command
+    assert "--allow=ns/app" in command
+    assert "--allow=other/job" in command
+    assert world.objects["ConfigMap", "bert-weights-keys"]["data"] == {"jwks.json": '{"keys": []}'}
+    world.keys = TokenKeys("https://issuer", '{"keys": [1]}')
+    template = world.deployment()["spec"]["template"]
+    world.settle()
+    assert world.objects["ConfigMap", "bert-weights-keys"]["data"] == {"jwks.json": '{"keys": [1]}'}
+    assert world.deployment()["spec"]["template"] == template, "rotated keys restart no server"
+    world.change(server={})
+    world.settle()
+    assert world.names("ConfigMap") == []
+
+
+def test_the_status_fits_the_schema():
+    from modelcache_api.status import ModelCacheStatus
+
+    world = World().to_ready()
+    assert ModelCacheStatus.model_validate(world.cr["status"]).fetch is not None
+    known = {"observedGeneration", "conditions", "endpoint", "volume", "revision", "digest", "files", "bytes", "size"}
+    assert set(world.cr["status"]) <= known | {"server", "plan", "fetch", "progress"}
