@@ -13,6 +13,7 @@ from modelcache_api.reasons import INTERRUPTED, TERMINATED
 from modelcache_cli.command import Command, wrapped
 from modelcache_cli.commands import fetch, ls, plan, prune, serve, up, verify, wait
 from modelcache_cli.failures import explain
+from modelcache_cli.output import printable, say
 
 PROGRAM = "modelcache"
 BROKEN_PIPE = 141
@@ -126,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         for line in text.splitlines() or [type(error).__name__]:
-            print(f"{PROGRAM}: {line}", file=sys.stderr)
+            say(f"{PROGRAM}: {printable(line)}")
     _drop_unwritable_output()
     return code
 

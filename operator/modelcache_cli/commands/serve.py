@@ -85,10 +85,6 @@ COMMAND = Command(
             "modelcache serve --volume /mnt/models --name bert --host 0.0.0.0 --cache-size 4Gi",
             "serve one model to the network with a cache of 4 GiB",
         ),
-        (
-            "modelcache serve --model-path ./bert --grpc-port 0 --http-port 0 --metrics-port 0",
-            "serve a folder, any ports",
-        ),
     ),
     add_options=_add_options,
     run=_run,
