@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
+
 from modelcache_server import Addresses, Server, ServerSettings
 from modelcache_volume import Snapshot, Volume
 from modelcache_wire.v1 import weights_pb2, weights_pb2_grpc
-
 from support.volumes import publish
 
 MIB = 1 << 20
@@ -131,9 +131,9 @@ def nothing_left_behind() -> Iterator[None]:
 
     def state() -> tuple[set[int | None], int]:
         opened = []
-        for name in os.listdir("/proc/self/fd"):
+        for entry in Path("/proc/self/fd").iterdir():
             with contextlib.suppress(FileNotFoundError):  # the listing's own
-                opened.append(os.readlink(f"/proc/self/fd/{name}"))
+                opened.append(str(entry.readlink()))
         # grpc keeps event descriptors for the process, once it was used.
         return {thread.ident for thread in threading.enumerate()}, sum("anon_inode" not in name for name in opened)
 

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 from modelcache_server.cache import BlockCache, BlockKey
@@ -34,13 +34,16 @@ class ActivationWatch:
         *,
         warmup_bytes: int | None,
         poll_seconds: float,
+        on_first: Callable[[], None],
     ) -> None:
+        """Call `on_first` once, when there is something to serve."""
         self._origin = origin
         self._catalog = catalog
         self._cache = cache
         self._reader = reader
         self._warmup_bytes = warmup_bytes
         self._poll_seconds = poll_seconds
+        self._on_first = on_first
         self._seen: Hashable = None
         self._retry_at = 0.0
         self._stop = threading.Event()
@@ -62,7 +65,8 @@ class ActivationWatch:
     def stop(self) -> None:
         """End the thread."""
         self._stop.set()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def _run(self) -> None:
         while not self._stop.is_set():
@@ -116,7 +120,9 @@ class ActivationWatch:
         self._catalog.announce(active, snapshot)
         self.problem = ""
         self.activations += 1
-        self.announced.set()
+        if not self.announced.is_set():
+            self.announced.set()
+            self._on_first()
         _log.info(
             "serving name=%s digest=%s commit=%s generation=%d warmed_in=%.2fs",
             active.name,

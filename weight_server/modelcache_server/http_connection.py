@@ -12,7 +12,7 @@ from http import HTTPStatus
 
 from modelcache_server.errors import RequestError, as_request_error
 from modelcache_server.http_message import BadRequest, Request, parse_request
-from modelcache_server.reader import BlockReader
+from modelcache_server.reader import BlockReader, Loan
 from modelcache_server.settings import HttpLimits
 from modelcache_server.store import ServedFile
 from modelcache_server.streams import Stream
@@ -262,43 +262,58 @@ class HttpConnection:
 
     def _send_bytes(self, data: bytes) -> None:
         left = memoryview(data)
-        progress = time.monotonic()
         while left:
-            sent = self._stream.send([left])
-            progress = self._note_progress(sent, progress)
-            left = left[sent:]
+            left = left[self._send_some([left]) :]
+        self._finish()
 
     def _send_file(self, head: bytes, part: FilePart) -> None:
-        """Send head and bytes; the pin on a block is given back between two sends, however slow the reader is."""
+        """Send head and bytes. While the reader takes nothing, this holds neither a block nor a share of the budget."""
         if self._reader is None:
             raise AssertionError("this lane has no files")
         offset, end = part.offset, part.offset + part.length
         horizon = self._reader.horizon(part.file, offset, part.length)
         unsent = memoryview(head)
-        progress = time.monotonic()
         while offset < end:
             length = min(end, (offset // BLOCK_BYTES + 1) * BLOCK_BYTES) - offset
-            try:
-                loan = self._reader.lend(part.file, offset, length, client=self._client, horizon=horizon)
-            except Exception as failure:
-                known = as_request_error(failure)
-                if known is None or not self._sent:
-                    raise
-                _log.warning("read cut path=%s at=%d reason=%s: %s", part.file.path, offset, known.reason, known)
-                raise CutConnection(known.reason) from failure
-            with loan:
+            with self._borrow(part.file, offset, length, horizon) as loan:
                 sent = self._stream.send([unsent, loan.view] if unsent else [loan.view])
-            progress = self._note_progress(sent, progress)
+            self._sent += sent
+            if sent < len(unsent) + length:
+                self._await_reader()
             of_head = min(sent, len(unsent))
             unsent = unsent[of_head:]
             offset += sent - of_head
+        self._finish()
 
-    def _note_progress(self, sent: int, progress: float) -> float:
+    def _borrow(self, file: ServedFile, offset: int, length: int, horizon: int) -> Loan:
+        """As `BlockReader.lend`; once bytes were sent, an error can only cut the connection."""
+        if self._reader is None:
+            raise AssertionError("this lane has no files")
+        try:
+            return self._reader.lend(file, offset, length, client=self._client, horizon=horizon)
+        except Exception as failure:
+            known = as_request_error(failure)
+            if known is None or not self._sent:
+                raise
+            _log.warning("read cut path=%s at=%d reason=%s: %s", file.path, offset, known.reason, known)
+            raise CutConnection(known.reason) from failure
+
+    def _send_some(self, parts: list[memoryview]) -> int:
+        sent = self._stream.send(parts)
         self._sent += sent
-        now = time.monotonic()
-        if not sent and now - progress > self._limits.stall_seconds:
+        if sent < sum(map(len, parts)):
+            self._await_reader()
+        return sent
+
+    def _finish(self) -> None:
+        """Let the reader take what the stream still holds."""
+        while self._stream.unfinished:
+            self._await_reader()
+            self._stream.send([])
+
+    def _await_reader(self) -> None:
+        if not self._stream.writable(self._limits.stall_seconds):
             raise CutConnection("STALLED_READER")
-        return now if sent else progress
 
 
 _last_date = (0, "")

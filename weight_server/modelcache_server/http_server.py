@@ -1,6 +1,7 @@
 """Accepts HTTP connections: a thread for each, a limit on how many, and a stop that lets replies finish."""
 
 import logging
+import os
 import socket
 import ssl
 import threading
@@ -14,7 +15,7 @@ from modelcache_server.settings import HttpLimits
 from modelcache_server.streams import PlainStream, Stream, TlsStream
 
 _log = logging.getLogger(__name__)
-_SEND_SECONDS = 2.0  # for which one send may hold a block
+_SEND_SECONDS = 0.5  # for which one send may hold a block
 _FULL = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nRetry-After: 1\r\nConnection: close\r\n\r\n"
 
 
@@ -61,7 +62,7 @@ class HttpServer:
             self._listener = socket.create_server((host, port), family=family, backlog=512)
         except OSError as error:
             raise ServerError(
-                f"Cannot listen on {host}:{port} for {self._lane}: {error.strerror}. "
+                f"Cannot listen on {host}:{port} for {self._lane}: {os.strerror(error.errno or 0)}. "
                 "Choose another port, or 0 for a free one."
             ) from error
         self._acceptor = threading.Thread(target=self._accept, name=f"{self._lane}-accept", daemon=True)

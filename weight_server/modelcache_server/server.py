@@ -59,6 +59,7 @@ class Server:
             queue_seconds=settings.queue_seconds,
         )
         self._catalog = Catalog(self._origin, lease_holder=settings.lease_holder)
+        self._grpc = GrpcServer(max_streams=settings.max_streams)
         self._watch = ActivationWatch(
             self._origin,
             self._catalog,
@@ -66,6 +67,7 @@ class Server:
             self._reader,
             warmup_bytes=settings.warmup_bytes,
             poll_seconds=settings.poll_seconds,
+            on_first=self._tell_health,
         )
         authorize: Authorize = _open_to_all
         self._authorize = authorize
@@ -79,10 +81,9 @@ class Server:
         self._status = HttpServer(
             StatusRoutes(self._unready, self._metrics.render), lane="status", limits=settings.http, observe=_unobserved
         )
-        self._grpc = GrpcServer(max_streams=settings.max_streams)
         self._service: WeightsService | None = None
+        self._started = False
         self._stopping = False
-        self._health = threading.Thread(target=self._tell_health, name="health", daemon=True)
         self._metrics.add_state(self._state)
 
     def start(self) -> Addresses:
@@ -106,7 +107,7 @@ class Server:
                 max_streams=settings.max_streams,
             )
             self._grpc.start(self._service)
-            self._health.start()
+            self._started = True
         except BaseException:
             self.stop(grace=0)
             raise
@@ -126,14 +127,12 @@ class Server:
         """Turn unready, serve on for `drain_seconds`, then finish what runs within `grace` seconds."""
         self._stopping = True
         self._grpc.set_serving(serving=False)
-        if self._health.ident is not None:
+        if self._started:
             time.sleep(self.settings.drain_seconds)
         ending = threading.Thread(target=self._grpc.stop, args=(grace,), name="grpc-stop")
         ending.start()
         self._http.stop(grace)
         ending.join()
-        if self._health.ident is not None:
-            self._health.join()
         self._watch.stop()
         self._reader.close()
         self._status.stop(grace=1.0)
@@ -147,7 +146,6 @@ class Server:
         return "" if self._watch.announced.is_set() else self._watch.problem
 
     def _tell_health(self) -> None:
-        self._watch.announced.wait()
         if not self._stopping:
             self._grpc.set_serving(serving=True)
 

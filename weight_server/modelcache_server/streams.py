@@ -4,6 +4,7 @@ A Python-level timeout would make the socket non-blocking and cut every send to 
 SO_SNDTIMEO one `sendmsg` takes a whole 4 MiB block and comes back early only when the reader is slow.
 """
 
+import select
 import socket
 import ssl
 import struct
@@ -25,7 +26,14 @@ class Stream(Protocol):
         """Some bytes; empty at the end. Raises TimeoutError when none came in time."""
 
     def send(self, parts: Sequence[Bytes]) -> int:
-        """Take bytes from the beginning of `parts`; returns how many, 0 when the reader takes none for a while."""
+        """Take bytes from the beginning of `parts`; returns how many, fewer when the reader is slow."""
+
+    def writable(self, seconds: float) -> bool:
+        """Wait until the reader takes more; False when it does not in time."""
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether bytes that `send` took still wait here: then `send` must be called again, with nothing if need be."""
 
     def shut(self) -> None:
         """Say that nothing more will be sent."""
@@ -58,6 +66,17 @@ class PlainStream:
             return self._sock.sendmsg(parts)
         except BlockingIOError:
             return 0
+
+    def writable(self, seconds: float) -> bool:
+        """As Stream.writable."""
+        poll = select.poll()
+        poll.register(self._sock, select.POLLOUT)
+        return bool(poll.poll(seconds * 1000))
+
+    @property
+    def unfinished(self) -> bool:
+        """As Stream.unfinished: the kernel has all of it."""
+        return False
 
     def shut(self) -> None:
         """As Stream.shut."""
@@ -110,6 +129,15 @@ class TlsStream:
                 if not self._flush():
                     return taken
         return taken
+
+    def writable(self, seconds: float) -> bool:
+        """As Stream.writable."""
+        return self._plain.writable(seconds)
+
+    @property
+    def unfinished(self) -> bool:
+        """As Stream.unfinished: encrypted bytes that the reader did not take."""
+        return bool(self._unsent)
 
     def shut(self) -> None:
         """As Stream.shut: the close alert first, so that the reader knows that nothing was cut off."""

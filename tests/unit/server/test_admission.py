@@ -1,6 +1,7 @@
 import threading
 
 import pytest
+
 from modelcache_server.admission import Admission
 from modelcache_server.errors import Reason, RequestError
 from support.server_volume import wait_until

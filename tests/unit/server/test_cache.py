@@ -1,6 +1,7 @@
 import threading
 
 import pytest
+
 from modelcache_server.arena import Arena
 from modelcache_server.cache import BlockCache, BlockKey
 from modelcache_server.errors import Reason, RequestError

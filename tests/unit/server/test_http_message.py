@@ -1,4 +1,5 @@
 import pytest
+
 from modelcache_server.errors import Reason, RequestError
 from modelcache_server.http_message import BadRequest, matches_etag, parse_range, parse_request
 
