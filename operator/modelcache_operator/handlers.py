@@ -1,0 +1,44 @@
+"""kopf's part: watch streams that wake the queue. Nothing else: its other handlers write finalizers and annotations."""
+
+from typing import Any
+
+import kopf
+
+from modelcache_operator.resources.names import NAME_LABEL
+from modelcache_operator.workqueue import WorkQueue
+
+CHILDREN = ("jobs", "deployments", "persistentvolumeclaims", "services", "configmaps", "pods")
+CHILD_DELAY_SECONDS = 0.05
+"""Events of children come in bursts: one reconcile answers them all."""
+
+
+def registry(queue: WorkQueue[tuple[str, str]], settings: kopf.OperatorSettings) -> kopf.OperatorRegistry:
+    """Handlers that add keys to the queue; children are watched by our label only, chosen by the server."""
+    handlers = kopf.OperatorRegistry()
+
+    @kopf.on.event("modelcache.io", "v1alpha1", "modelcaches", registry=handlers)
+    async def model_cache_changed(*, namespace: str | None, name: str, **_: Any) -> None:
+        queue.add((namespace or "", name))
+
+    for plural in CHILDREN:
+
+        @kopf.on.event(plural, registry=handlers, labels={NAME_LABEL: kopf.PRESENT}, id=f"{plural}_changed")
+        async def child_changed(*, namespace: str | None, labels: kopf.Labels, **_: Any) -> None:
+            queue.add_after((namespace or "", labels[NAME_LABEL]), CHILD_DELAY_SECONDS)
+
+        settings.watching.label_selectors[plural] = NAME_LABEL
+    return handlers
+
+
+def operator_settings() -> kopf.OperatorSettings:
+    """Kopf as a pure watcher that outlives restarts of the API server."""
+    settings = kopf.OperatorSettings()
+    settings.posting.enabled = False
+    settings.scanning.disabled = True
+    settings.watching.server_timeout = 300
+    settings.watching.client_timeout = 330
+    settings.watching.connect_timeout = 10
+    settings.queueing.idle_timeout = 1
+    # the default gives up after a minute of errors
+    settings.networking.error_backoffs = (0.5, 1, 2, 4, *([8] * 1000))
+    return settings
