@@ -25,8 +25,9 @@ from modelcache_volume.layout import FORMAT_VERSION, LEASE_SECONDS, source_folde
 from modelcache_volume.manifest import build_manifest
 from modelcache_volume.paths import refuse_clashes, validate_path
 from modelcache_volume.safetensors_index import DTYPE_BITS, SafetensorsIndexer
+from modelcache_volume.torch_index import index_torch_checkpoint
 from modelcache_volume.volume import Problem, Snapshot, Volume
-from modelcache_volume.weight_names import is_index_file
+from modelcache_volume.weight_names import is_index_file, is_torch_checkpoint
 from modelcache_volume.weights import IndexedFile, IndexedTensor, build_weight_sets
 from modelcache_volume.writer import Pruned, VolumeWriter
 
@@ -61,7 +62,9 @@ __all__ = [
     "VolumeWriter",
     "build_manifest",
     "build_weight_sets",
+    "index_torch_checkpoint",
     "is_index_file",
+    "is_torch_checkpoint",
     "refuse_clashes",
     "snapshot_digest",
     "source_folder",

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 _SUFFIXES = ("safetensors", "bin")
 # The stems that transformers, diffusers and peft write; what stands between one of them and the suffix is the variant.
 _STEMS = frozenset({"model", "pytorch_model", "diffusion_pytorch_model", "adapter_model", "pytorch_lora_weights"})
+# Of these, the ones that are PyTorch checkpoints when they end in .bin; training_args.bin and others are not weights.
+_TORCH_STEMS = _STEMS - {"model"}
 _VARIANT = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 _SHARD = re.compile(r"-\d{5,}-of-\d{5,}$")
 
@@ -23,6 +25,12 @@ class WeightName:
 
     subfolder: str
     variant: str
+
+
+def is_torch_checkpoint(path: str) -> bool:
+    """Whether the path is one of PyTorch weights (pytorch_model.bin, a shard or a variant of it, …)."""
+    name = path.rpartition("/")[2]
+    return name.endswith(".bin") and _SHARD.sub("", name.removesuffix(".bin")).split(".")[0] in _TORCH_STEMS
 
 
 def is_index_file(path: str) -> bool:
