@@ -128,6 +128,8 @@ class Downloader:
         while (taken := self._take_range()) is not None:
             transfer, start, end = taken
             try:
+                if transfer.fd < 0:
+                    self._begin(transfer)
                 if transfer.file.size <= PIECE_BYTES:
                     self._receive_small(transfer, buffer)
                 else:
@@ -141,18 +143,18 @@ class Downloader:
             with self._changed:
                 if self._stopped or not self._unfinished:
                     return None
-                found = self._choose()
-                if found is not None:
-                    transfer = found
-                    transfer.active += 1
-                    if not transfer.pending:
-                        return transfer, 0, 0
-                    start, end = transfer.pending.pop(0)
-                    if transfer.sequential:
-                        end = transfer.file.size
-                        transfer.pending.clear()
-                    return transfer, start, end
-                self._changed.wait(0.5)
+                transfer = self._choose()
+                if transfer is None:
+                    self._changed.wait(0.5)
+                    continue
+                transfer.active += 1
+                if not transfer.pending:
+                    return transfer, 0, 0
+                start, end = transfer.pending.pop(0)
+                if transfer.sequential:
+                    end = transfer.file.size
+                    transfer.pending.clear()
+                return transfer, start, end
 
     def _choose(self) -> Transfer | None:
         """Spread over files, so that hashing runs in parallel; what a hasher waits for may always be taken."""
@@ -162,15 +164,27 @@ class Downloader:
         if self._waiting and room and (not ready or len(self._open) < min(4, self._concurrency)):
             transfer = self._waiting.popleft()
             self._open.append(transfer)
-            if transfer.file.size > PIECE_BYTES:
-                self._open_large(transfer)
-            return transfer if transfer.pending or transfer.file.size <= PIECE_BYTES else self._choose()
+            return transfer
         return min(ready, key=lambda each: each.active) if ready else None
 
-    def _open_large(self, transfer: Transfer) -> None:
-        transfer.open()
+    def _begin(self, transfer: Transfer) -> None:
+        """Learn what the source says about the file, and find what an earlier run has left of it."""
+        patience = _Patience()
+        while True:
+            self._wait_for_turn()
+            try:
+                self._requester.examine(transfer)
+                break
+            except RetryError as error:
+                self._endure(transfer, patience, error)
+        if transfer.file.size <= PIECE_BYTES:
+            return
+        with space_errors(transfer.part.parent, f"storing {transfer.file.path}", transfer.file.size):
+            transfer.open()
         self._progress.found(transfer.pieces.total)
-        self._offer(transfer)
+        with self._changed:
+            self._offer(transfer)
+            self._changed.notify_all()
 
     def _leave(self, transfer: Transfer) -> None:
         with self._changed:

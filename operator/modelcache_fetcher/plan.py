@@ -1,7 +1,8 @@
 """What a source has and what is fetched of it: plain data and pure decisions, no I/O."""
 
 import hashlib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,7 @@ class SourceFile:
         git_oid: Git object id (40 hex), for Git sources.
         lfs_sha256: SHA-256 (64 hex) of LFS files.
         unchecked: How the manifest records the file if there are no checksums.
+        unchecked_note: What the source states that cannot be compared, for the record.
     """
 
     path: str
@@ -53,6 +55,7 @@ class SourceFile:
     git_oid: str = ""
     lfs_sha256: str = ""
     unchecked: Verification.ValueType = VERIFICATION_NONE
+    unchecked_note: str = ""
 
     @property
     def key(self) -> str:
@@ -74,6 +77,14 @@ class Listing:
     requested: str
     commit: str
     files: tuple[SourceFile, ...]
+
+
+def listing_commit(files: Iterable[SourceFile]) -> str:
+    """The revision of a bucket or folder: 40 hex digits that change with any file's path, size or etag."""
+    lines = hashlib.sha256()
+    for file in sorted(files, key=lambda each: os.fsencode(each.path)):
+        lines.update(os.fsencode(f"{file.path}\0{file.size}\0{file.etag}\n"))
+    return lines.hexdigest()[:40]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,10 +4,10 @@ import re
 import threading
 from dataclasses import dataclass
 
-from modelcache_api.reasons import Reason
+from modelcache_api.reasons import REASONS, Reason
 from modelcache_fetcher.errors import FetchError, SourceChangedError
 from modelcache_fetcher.retry import parse_retry_after
-from modelcache_fetcher.sources import HttpLocation, LocalLocation, Source
+from modelcache_fetcher.sources import HttpLocation, LocalLocation, Location, Source
 from modelcache_fetcher.transfer import Transfer
 from modelcache_fetcher.transport import Answer, Body, HttpTransport, LocalBody, TransportError, host_of
 
@@ -67,10 +67,7 @@ class Requester:
             SourceChangedError: The file is not what was planned.
             FetchError: It will not work.
         """
-        location = transfer.direct or transfer.location
-        if location is None:
-            with self._source_lock:
-                location = transfer.location = self.source.locate(transfer.file, self.commit)
+        location = transfer.direct or transfer.location or self._locate(transfer)
         if isinstance(location, LocalLocation):
             return LocalBody(location, transfer.file.path, start, end)
         headers = {"Accept-Encoding": "identity", "User-Agent": "modelcache-fetch", **location.headers}
@@ -91,15 +88,34 @@ class Requester:
             transfer.direct = HttpLocation(answer.url)
         return answer.body
 
+    def examine(self, transfer: Transfer) -> None:
+        """Complete what the listing says about the transfer's file. Raises as ``open`` does."""
+        try:
+            transfer.file = self.source.examine(transfer.file)
+        except FetchError as error:
+            raise _retryable(error) from None
+
     def renew(self, transfer: Transfer) -> None:
         """Have the source read its credentials again and say anew where the file is."""
         with self._source_lock:
             self.source.renew()
             transfer.location = transfer.direct = None
 
+    def _locate(self, transfer: Transfer) -> Location:
+        with self._source_lock:
+            try:
+                location = transfer.location = self.source.locate(transfer.file, self.commit)
+            except FetchError as error:
+                raise _retryable(error) from None
+        return location
+
     def _judge(self, transfer: Transfer, location: HttpLocation, answer: Answer, start: int, end: int) -> None:
         name, size, status = transfer.file.path, transfer.file.size, answer.status
-        if status in {200, 206} and answer.headers.get("content-encoding", "identity") != "identity":
+        if status in {200, 206} and answer.headers.get("content-encoding", "") not in {
+            "",
+            "identity",
+            location.stored_encoding,
+        }:
             text = f"{host_of(answer.url)} sends {name} compressed although it was asked not to"
             raise RetryError(Reason.UNAVAILABLE, text)
         if status == 206:
@@ -128,8 +144,6 @@ class Requester:
             raise RetryError(
                 Reason.UNAVAILABLE, f"the signed address of {name} at {host} was refused ({status})", wait=0
             )
-        if status in location.unchanged_status:
-            raise SourceChangedError(name, f"{name} was replaced at the source.")
         wait = parse_retry_after(answer.headers.get("retry-after"))
         match status:
             case 401 | 403 if answer.url != location.url:
@@ -139,6 +153,8 @@ class Requester:
                 told = _printable(answer.headers.get("x-error-message", ""))
                 text = f"{host} refused {name} ({status}{': ' + told if told else ''})"
                 raise RetryError(Reason.AUTH_FAILED, text, refused=True)
+            case 412:
+                raise SourceChangedError(name, f"{name} was replaced at the source.")
             case 404 | 410 | 416:
                 raise SourceChangedError(name, f"{name} is no longer at {host} as planned ({status}).")
             case 429:
@@ -148,6 +164,18 @@ class Requester:
         raise FetchError(
             Reason.INVALID_SOURCE, f"{host} answered {status} for {name}, which no retry will change.", path=name
         )
+
+
+def _retryable(error: FetchError) -> RetryError | FetchError:
+    """A source's error as one that is tried again, if that can help."""
+    if REASONS[error.reason].permanent and error.reason is not Reason.AUTH_FAILED:
+        return error
+    return RetryError(
+        error.reason,
+        str(error).rstrip("."),
+        wait=error.retry_after,
+        refused=error.reason is Reason.AUTH_FAILED,
+    )
 
 
 def _skip(body: Body, count: int) -> None:

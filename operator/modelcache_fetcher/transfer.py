@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from modelcache_fetcher.checksums import SourceHasher
 from modelcache_fetcher.pieces import PieceLog, PieceMap, load_pieces, log_path
 from modelcache_fetcher.plan import SourceFile
-from modelcache_volume import ContentDigests, ContentHasher, IndexedFile, SafetensorsIndexer
+from modelcache_volume import ContentDigests, IndexedFile, SafetensorsIndexer
 
 if TYPE_CHECKING:
     from modelcache_fetcher.sources import Location
@@ -42,7 +43,7 @@ class ContentReader:
     def __init__(self, file: SourceFile) -> None:
         wanted = {checksum.algorithm for checksum in file.checksums} - {"sha256"}
         self._file = file
-        self._hasher = ContentHasher(file.size, sorted(wanted))
+        self._hasher = SourceHasher(file.size, sorted(wanted))
         self._indexer = SafetensorsIndexer(file.path, file.size) if file.path.endswith(".safetensors") else None
 
     def update(self, data: memoryview) -> None:

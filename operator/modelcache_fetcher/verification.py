@@ -16,6 +16,7 @@ def manifest_file(received: Received) -> manifest_pb2.File:
         git_oid=file.git_oid,
         lfs_sha256=file.lfs_sha256,
         verification=file.unchecked,
+        verified_with=file.unchecked_note,
     )
     if file.checksums:
         entry.verification = file.checksums[0].kind

@@ -1,6 +1,6 @@
 """Where models come from. A source lists, authenticates and signs through its own library; it moves no bytes itself.
 
-A new source is one module here with a class that has the three methods of ``Source``, a branch in ``make_source`` and a
+A new source is one module here with a class that has the methods of ``Source``, a branch in ``make_source`` and a
 test class; docs/contributing/sources.md walks through it.
 """
 
@@ -21,12 +21,12 @@ class HttpLocation:
     Attributes:
         url: May carry a signature in its query: it is never logged or shown.
         headers: Sent to the URL's own host only, not to hosts that it redirects to.
-        unchanged_status: Statuses that mean "no longer the planned content" (412 for If-Match, say).
+        stored_encoding: The Content-Encoding that the content is stored, and sent, with.
     """
 
     url: str = field(repr=False)
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
-    unchanged_status: frozenset[int] = frozenset({412})
+    stored_encoding: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,17 @@ class Source(Protocol):
         """
         ...
 
+    def examine(self, file: SourceFile) -> SourceFile:
+        """What more the source knows about a listed file that is about to be fetched: checksums, version.
+
+        Called from several threads at once.
+
+        Raises:
+            SourceChangedError: It is no longer what was listed.
+            FetchError: As ``list_files``.
+        """
+        ...
+
     def locate(self, file: SourceFile, commit: str) -> Location:
         """Where a listed file's bytes are now. Called again when the answer was refused or has expired.
 
@@ -92,5 +103,11 @@ def make_source(repo: RepoId, endpoint: str, secrets: Secrets) -> Source:
             from modelcache_fetcher.sources.local import LocalSource  # noqa: PLC0415
 
             return LocalSource(repo.name)
-        case _:
-            raise NotImplementedError(repo.scheme)
+        case "s3":
+            from modelcache_fetcher.sources.s3 import S3Source  # noqa: PLC0415
+
+            return S3Source(repo.name, repo.prefix, endpoint, secrets)
+        case "gs":
+            from modelcache_fetcher.sources.gcs import GcsSource  # noqa: PLC0415
+
+            return GcsSource(repo.name, repo.prefix, endpoint, secrets)

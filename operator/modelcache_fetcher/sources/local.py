@@ -4,14 +4,13 @@ The cache's layout (https://huggingface.co/docs/huggingface_hub/guides/manage-ca
 ``models--ORG--NAME/snapshots/COMMIT`` into ``models--ORG--NAME/blobs``. Symlinks that lead anywhere else are refused.
 """
 
-import hashlib
 import os
 import stat
 from pathlib import Path
 
 from modelcache_api.reasons import Reason
 from modelcache_fetcher.errors import FetchError, SourceChangedError
-from modelcache_fetcher.plan import Listing, SourceFile
+from modelcache_fetcher.plan import Listing, SourceFile, listing_commit
 from modelcache_fetcher.sources import LocalLocation
 from modelcache_volume.v1.manifest_pb2 import VERIFICATION_LOCAL_STAT
 
@@ -31,11 +30,11 @@ class LocalSource:
         found: list[SourceFile] = []
         self._identities.clear()
         self._walk(root, "", roots, found)
-        found.sort(key=lambda file: os.fsencode(file.path))
-        lines = hashlib.sha256()
-        for file in found:
-            lines.update(os.fsencode(f"{file.path}\0{file.size}\0{file.etag}\n"))
-        return Listing("", lines.hexdigest()[:40], tuple(found))
+        return Listing("", listing_commit(found), tuple(found))
+
+    def examine(self, file: SourceFile) -> SourceFile:
+        """The listing says all there is to know."""
+        return file
 
     def locate(self, file: SourceFile, commit: str) -> LocalLocation:
         """The real path of a listed file."""
