@@ -1,5 +1,6 @@
 import collections
 import io
+import json
 import os
 import pickle
 import random
@@ -11,7 +12,7 @@ import crc32c
 import pytest
 import torch
 
-from modelcache_volume import BLOCK_BYTES, BadWeights, index_torch_checkpoint, is_torch_checkpoint
+from modelcache_volume import BLOCK_BYTES, BadWeights, build_weight_sets, index_torch_checkpoint, is_torch_checkpoint
 from modelcache_volume.torch_pickle import RefusedPickleError, read_pickle
 from modelcache_volume.torch_zip import RefusedZipError, read_zip_directory
 from modelcache_volume.v1 import manifest_pb2
@@ -402,6 +403,11 @@ def test_a_deeply_nested_key_does_not_overflow_the_stack():
         read_pickle(b"})" + b"\x85" * 300_000 + b"K\1s.")
 
 
+def test_a_deeply_nested_name_does_not_overflow_the_stack():
+    with pytest.raises(RefusedPickleError, match="no text"):
+        read_pickle(b")" + b"\x85" * 300_000 + b"\x8c\x01x\x93.")
+
+
 def test_python_never_imports_what_a_pickle_names(tmp_path):
     with pytest.raises(RefusedPickleError, match="antigravity"):
         read_pickle(b"cantigravity\nfly\n)R.")
@@ -411,6 +417,23 @@ def test_many_views_of_one_storage_are_not_read_over_and_over(tmp_path):
     base = torch.zeros(200_000)
     with pytest.raises(BadWeights, match="views of each other"):
         index(saved({str(n): base[n:] for n in range(40)}), tmp_path)
+
+
+def test_shards_of_a_checkpoint_are_one_weight_set(tmp_path):
+    shards = {
+        "pytorch_model-00001-of-00002.bin": saved({"a": torch.ones(2)}),
+        "pytorch_model-00002-of-00002.bin": saved({"b": BASE.permute(2, 0, 1)}),
+    }
+    names = dict(zip("ab", shards, strict=True))
+    content = {"pytorch_model.bin.index.json": json.dumps({"weight_map": names}).encode()}
+    weights = {path: index(data, tmp_path, path) for path, data in shards.items()}
+    sets, tensors = build_weight_sets(weights, content, [*shards, *content])
+    assert [(found.path, list(found.files)) for found in sets] == [("pytorch_model.bin.index.json", [0, 1])]
+    assert sets[0].format == manifest_pb2.WEIGHT_FORMAT_TORCH_ZIP
+    assert [(t.name, t.file, list(t.shape), list(t.strides)) for t in tensors] == [
+        ("a", 0, [2], []),
+        ("b", 1, [5, 3, 4], [1, 20, 5]),
+    ]
 
 
 @pytest.mark.parametrize(

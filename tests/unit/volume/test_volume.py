@@ -264,6 +264,16 @@ def test_only_what_is_published_can_be_leased(volume, snapshot):
     assert list(volume.layout.leases.iterdir()) == []
 
 
+def test_a_lease_that_is_a_link_touches_nothing_elsewhere(volume, snapshot, tmp_path):
+    target = tmp_path / "elsewhere"
+    target.write_text("x")
+    os.utime(target, (1, 1))
+    volume.layout.lease(snapshot.digest, "pod").symlink_to(target)
+    with pytest.raises(OSError, match="symbolic links"):
+        volume.renew_lease(snapshot.digest, "pod")
+    assert target.stat().st_mtime == 1
+
+
 def test_a_second_writer_is_refused_and_told_who_is_first(volume):
     with volume.lock(), pytest.raises(VolumeBusy, match=f"process {os.getpid()} on "), Volume.open(volume.root).lock():
         pytest.fail("two writers")

@@ -171,6 +171,15 @@ def test_the_same_content_of_a_new_commit_does_not_push_out_the_history(volume):
     assert [entry.commit for entry in active.history] == [OLD]
 
 
+def test_activating_an_older_selection_restores_the_links_that_a_newer_one_took(volume):
+    with volume.lock() as writer:
+        older = publish(writer, {"a": b"1"}, commit=OLD)
+        publish(writer, {"a/b": b"2"}, commit=OLD)
+        assert older.verify() != []
+        writer.activate("bert", older, requested="main")
+    assert older.verify() == []
+
+
 def test_a_pruned_snapshot_cannot_be_activated(volume):
     with volume.lock() as writer:
         snapshot = publish(writer, {"a": b"1"})
