@@ -1,7 +1,9 @@
 """How many bytes are on their way to clients at once, and whose turn is next."""
 
 import threading
+import time
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from modelcache_server.errors import Reason, RequestError
@@ -21,9 +23,13 @@ class Admission:
     the budget. Since a turn is one block, reading a terabyte delays nobody by more than a block.
     """
 
-    def __init__(self, budget: int, *, max_waiting: int = 4096) -> None:
+    def __init__(
+        self, budget: int, *, observe: Callable[[float], None] = lambda _: None, max_waiting: int = 4096
+    ) -> None:
+        """Hand out `budget` bytes; `observe` is told how many seconds those waited who had to."""
         self.budget = budget
         self._client_budget = max(budget // 2, 1)
+        self._observe = observe
         self._max_waiting = max_waiting
         self._lock = threading.Lock()
         self._held: dict[str, int] = {}
@@ -40,7 +46,11 @@ class Admission:
         with self._lock:
             turn = None if self._take_at_once(client, amount) else self._queue(client, amount)
         if turn is not None:
-            self._wait(client, turn, timeout)
+            start = time.perf_counter()
+            try:
+                self._wait(client, turn, timeout)
+            finally:
+                self._observe(time.perf_counter() - start)
 
     def release(self, client: str, amount: int) -> None:
         """Give back what `acquire` took; the next in line gets it."""

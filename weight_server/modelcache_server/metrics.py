@@ -26,7 +26,7 @@ class Metrics:
         self._latency = self._histogram("request_seconds", "From a request's head to its last byte.", "lane", "method")
         self._load = self._histogram("load_seconds", "Loading one block or small file, verified.", "tier")
         self._loaded = self._counter("loaded_bytes", "Bytes loaded, by tier.", "tier")
-        self._queue = self._histogram("queue_seconds", "Waiting for a turn to send.")
+        self._queue = self._histogram("queue_seconds", "Waiting for a turn to send, of those that had to.")
 
     def served(self, served: Served) -> None:
         """Count a request and write its line in the access log."""

@@ -8,19 +8,23 @@ from dataclasses import dataclass
 
 from prometheus_client.core import Metric
 
+from modelcache_server.access import TokenVerifier
 from modelcache_server.activation import ActivationWatch
 from modelcache_server.admission import Admission
 from modelcache_server.arena import Arena
 from modelcache_server.cache import BlockCache
 from modelcache_server.catalog import Catalog, Origin, VolumeOrigin
+from modelcache_server.folder import FolderOrigin
 from modelcache_server.grpc_lane import GrpcServer, Links, WeightsService
 from modelcache_server.http_server import HttpServer
 from modelcache_server.metrics import Metrics, build_info, gauge, total
 from modelcache_server.reader import BlockReader
+from modelcache_server.redis_tier import RedisTier
 from modelcache_server.routes import Authorize, SnapshotRoutes
 from modelcache_server.settings import ServerSettings
 from modelcache_server.status_routes import StatusRoutes
 from modelcache_server.store import BlobStore
+from modelcache_server.tls import Certificates
 from modelcache_volume import BLOCK_BYTES
 
 _log = logging.getLogger(__name__)
@@ -36,21 +40,26 @@ class Addresses:
 
 
 class Server:
-    """A weight server over one volume.
+    """A weight server over one volume, or over a plain folder, which is read once to know its checksums.
 
     Raises:
-        ValueError: the settings are not possible.
-        NotAVolume, NewerFormat: the root cannot be served.
+        VolumeError: the root cannot be served.
+        ServerError: certificates, key set or Redis URL make no sense.
     """
 
     def __init__(self, settings: ServerSettings) -> None:
         self.settings = settings
-        self._origin: Origin = VolumeOrigin(settings.root, settings.name)
+        self._authorize: Authorize = TokenVerifier(settings.tokens) if settings.tokens else _open_to_all
+        self._certificates = Certificates(settings.tls) if settings.tls else None
+        self._origin = _origin(settings)
         self._metrics = Metrics()
+        self._redis = RedisTier(settings.redis) if settings.redis else None
         self._arena = Arena(settings.cache_bytes)
         self._cache = BlockCache(self._arena)
-        self._store = BlobStore(observe=self._metrics.loaded)
-        self._admission = Admission(settings.inflight_bytes or settings.cache_bytes * 3 // 4)
+        self._store = BlobStore(shared=self._redis, observe=self._metrics.loaded)
+        self._admission = Admission(
+            settings.inflight_bytes or settings.cache_bytes * 3 // 4, observe=self._metrics.queued
+        )
         self._reader = BlockReader(
             self._cache,
             self._store,
@@ -69,14 +78,13 @@ class Server:
             poll_seconds=settings.poll_seconds,
             on_first=self._tell_health,
         )
-        authorize: Authorize = _open_to_all
-        self._authorize = authorize
         self._http = HttpServer(
-            SnapshotRoutes(self._catalog, authorize, private=settings.tokens is not None),
+            SnapshotRoutes(self._catalog, self._authorize, private=settings.tokens is not None),
             lane="http",
             limits=settings.http,
             observe=self._metrics.served,
             reader=self._reader,
+            tls=self._certificates.context if self._certificates else None,
         )
         self._status = HttpServer(
             StatusRoutes(self._unready, self._metrics.render), lane="status", limits=settings.http, observe=_unobserved
@@ -94,10 +102,14 @@ class Server:
         """
         settings = self.settings
         try:
+            if self._redis is not None:
+                self._redis.start()
             status = self._status.start(settings.host, settings.status_port)
             self._watch.start()
             http = self._http.start(settings.host, settings.http_port)
-            grpc_port = self._grpc.listen(settings.host, settings.grpc_port, None)
+            grpc_port = self._grpc.listen(
+                settings.host, settings.grpc_port, self._certificates.credentials() if self._certificates else None
+            )
             self._service = WeightsService(
                 self._catalog,
                 self._reader,
@@ -135,6 +147,8 @@ class Server:
         ending.join()
         self._watch.stop()
         self._reader.close()
+        if self._redis is not None:
+            self._redis.close()
         self._status.stop(grace=1.0)
         self._store.close()
         self._cache.close()
@@ -170,9 +184,27 @@ class Server:
         yield total("loaded_ahead", "Blocks loaded before they were asked for.", {"": counters.loaded_ahead})
         yield total("activations", "Revisions announced.", {"": self._watch.activations})
         yield total("lease_failures", "Leases that could not be renewed.", {"": self._catalog.lease_failures})
+        if self._redis is not None:
+            seen = self._redis.counters
+            yield total(
+                "redis_reads",
+                "Blocks asked of Redis.",
+                {"hit": seen.hits, "miss": seen.misses, "wrong": seen.wrong},
+                "result",
+            )
+            yield total("redis_failures", "Calls that Redis failed.", {"": seen.failures})
+            yield total(
+                "redis_writes", "Blocks offered to Redis.", {"written": seen.written, "dropped": seen.dropped}, "result"
+            )
         announced = self._catalog.announced
         if announced is not None:
             yield gauge("active_generation", "Generation of the active revision.", announced.active.generation)
+
+
+def _origin(settings: ServerSettings) -> Origin:
+    if settings.name or (settings.root / "FORMAT").exists() or not settings.root.is_dir():
+        return VolumeOrigin(settings.root, settings.name)
+    return FolderOrigin(settings.root)
 
 
 def _open_to_all(authorization: str | None) -> None:
