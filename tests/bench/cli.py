@@ -1,6 +1,7 @@
 """The command: choose rows, measure, print the table as it grows, write the JSON."""
 
 import argparse
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -34,6 +35,9 @@ def main(arguments: list[str] | None = None, json: Path = JSON) -> int:
             print(*(row.name for row in rows), sep="\n")
         return 0
 
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > cores / 4:
+        print(f"The machine is busy (load {load:.1f} on {cores} cores): do not trust the figures.", file=sys.stderr)
     results, failed = [], False
     print(COLUMNS)
     for benchmark, rows in chosen:
