@@ -187,6 +187,7 @@ def write_archive(path: Path, name: str, layer: Path, config: dict[str, object])
             "architecture": {"x86_64": "amd64", "aarch64": "arm64"}[platform.machine()],
             "os": "linux",
             "config": config,
+            "history": [{"created_by": "modelcache tests"}],  # one entry for each layer, or buildah adds none to it
             "rootfs": {"type": "layers", "diff_ids": [f"sha256:{layer_digest}"]},
         }
     ).encode()
