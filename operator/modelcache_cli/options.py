@@ -122,8 +122,8 @@ def add_serving(parser: argparse.ArgumentParser) -> None:
         "--ready-file",
         type=Path,
         metavar="PATH",
-        help="file written when the server is ready, for scripts: JSON with name, digest, commit, volume and the "
-        "addresses grpc, http and metrics; removed when the server stops",
+        help="file written when the server is ready, for scripts: JSON with name, volume and the addresses grpc, http "
+        "and metrics; removed when the server stops (default: none)",
     )
 
 

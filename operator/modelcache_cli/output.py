@@ -1,8 +1,10 @@
 """What commands print: people's sentences on standard error, results on standard output, progress on either.
 
-Progress is a bar when standard error is a terminal, else one line of JSON a second on standard output.
+Progress is a bar when standard error is a terminal and tqdm is installed (it comes with every extra that downloads),
+else one line of JSON a second on standard output.
 """
 
+import importlib.util
 import json
 import sys
 import threading
@@ -67,13 +69,14 @@ class ProgressDisplay:
 
     def __init__(self, counters: Counters, label: str) -> None:
         self._counters = counters
-        self._terminal = sys.stderr.isatty()
-        self._shown: _Shown = _Bar(label) if self._terminal else _JsonLines()
+        bar = sys.stderr.isatty() and importlib.util.find_spec("tqdm") is not None
+        self._shown: _Shown = _Bar(label) if bar else _JsonLines()
+        self._interval = _BAR_SECONDS if bar else _JSON_SECONDS
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
 
     def _run(self) -> None:
-        while not self._stop.wait(_BAR_SECONDS if self._terminal else _JSON_SECONDS):
+        while not self._stop.wait(self._interval):
             self._shown.update(self._counters())
 
     def __enter__(self) -> Self:

@@ -79,7 +79,8 @@ def test_up_serves_until_it_is_told_to_stop_and_leaves_no_trace(tmp_path, manife
     ready = tmp_path / "ready.json"
     with serving("up", "-f", manifest, "--volume", root, ready=ready) as (child, addresses):
         (active,) = Volume.open(root).actives()
-        assert addresses["name"] == "small"
+        assert set(addresses) == {"name", "volume", "grpc", "http", "metrics"}
+        assert (addresses["name"], addresses["volume"]) == ("small", str(root))
         assert f'StreamingBertModel("small", address="{addresses["grpc"]}")' in child.output
         for path, content in SMALL.items():
             assert read(addresses, active.digest, path) == content
