@@ -74,6 +74,11 @@ class RedisTier:
             return False
         try:
             value = self._redis.get(_name(key))
+        except redis.ResponseError as error:
+            # Another type under our key, or no right to read it: Redis itself works.
+            self.counters.wrong += 1
+            _log.warning("redis gives no block: %s", error)
+            return False
         except (redis.RedisError, OSError) as error:
             self._failed(error)
             return False
@@ -122,17 +127,22 @@ class RedisTier:
                 with self._redis.pipeline(transaction=False) as pipeline:
                     for name, value in blocks:
                         pipeline.set(name, value, ex=self._settings.ttl_seconds)
-                    pipeline.execute()
-            except redis.ResponseError as error:
-                # Out of memory, or not allowed to write: what is there can still be read.
-                self.counters.failures += 1
-                self.counters.dropped += len(blocks)
-                _log.warning("redis takes no blocks: %s", error)
+                    # Raised, an error would have the whole command in its text, and take seconds to write it.
+                    results = pipeline.execute(raise_on_error=False)
             except (redis.RedisError, OSError) as error:
                 self.counters.dropped += len(blocks)
                 self._failed(error)
             else:
-                self.counters.written += len(blocks)
+                self._count_written(results)
+
+    def _count_written(self, results: list[object]) -> None:
+        refused = [result for result in results if isinstance(result, Exception)]
+        self.counters.written += len(results) - len(refused)
+        self.counters.dropped += len(refused)
+        self.counters.failures += len(refused)
+        if refused:
+            # Out of memory, or not allowed to write: what is there can still be read.
+            _log.warning("redis refused %d of %d blocks: %s", len(refused), len(results), type(refused[0]).__name__)
 
     def _failed(self, error: Exception) -> None:
         with self._lock:

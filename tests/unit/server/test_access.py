@@ -1,6 +1,7 @@
 import base64
 import json
 import time
+from datetime import datetime
 
 import jwt
 import pytest
@@ -118,12 +119,13 @@ def test_a_remembered_token_still_expires(verifier, issuer, monkeypatch):
     verifier(f"Bearer {token}")
     later = time.time() + 120
     monkeypatch.setattr(time, "time", lambda: later)
-    now = type(
-        "Later",
-        (__import__("datetime").datetime,),
-        {"now": classmethod(lambda cls, tz=None: cls.fromtimestamp(later, tz))},
-    )
-    monkeypatch.setattr("jwt.api_jwt.datetime", now)
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls.fromtimestamp(later, tz)
+
+    monkeypatch.setattr("jwt.api_jwt.datetime", Later)
     assert refusal(verifier, token) is Reason.UNAUTHENTICATED
 
 
