@@ -16,6 +16,10 @@ def registry(queue: WorkQueue[tuple[str, str]], settings: kopf.OperatorSettings)
     """Handlers that add keys to the queue; children are watched by our label only, chosen by the server."""
     handlers = kopf.OperatorRegistry()
 
+    @kopf.on.login(registry=handlers)
+    def login(**kwargs: Any) -> kopf.ConnectionInfo | None:
+        return kopf.login_via_client(**kwargs)
+
     @kopf.on.event("modelcache.io", "v1alpha1", "modelcaches", registry=handlers)
     async def model_cache_changed(*, namespace: str | None, name: str, **_: Any) -> None:
         queue.add((namespace or "", name))

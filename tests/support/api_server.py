@@ -116,7 +116,8 @@ def _wait_until(ask, complaint, seconds=START_SECONDS):
         sleep(0.1)
 
 
-def _free_port():
+def free_port():
+    """A port of loopback that nobody listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
@@ -141,7 +142,7 @@ def api_server() -> Iterator[ApiServer]:
     folder = Path(tempfile.mkdtemp(prefix="modelcache-apiserver-"))
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        client, peer, port = (_free_port() for _ in range(3))
+        client, peer, port = (free_port() for _ in range(3))
         (folder / "tokens.csv").write_text(f"{TOKEN},admin,admin,system:masters\n")
         subprocess.run(["openssl", "genrsa", "-out", str(folder / "sa.key"), "2048"], check=True, capture_output=True)
         stack.enter_context(
@@ -187,3 +188,31 @@ def api_server() -> Iterator[ApiServer]:
         _wait_until(ready, "the API server did not come up")
         _wait_until(lambda: running.get("/api/v1/namespaces/default"), "no default namespace")
         yield running
+
+
+CONTROLLERS = (
+    "job-controller",
+    "deployment-controller",
+    "replicaset-controller",
+    "garbage-collector-controller",
+    "namespace-controller",
+    "persistentvolumeclaim-protection-controller",
+    "resourcequota-controller",
+)
+
+
+@contextmanager
+def controllers(server: ApiServer) -> Iterator[None]:
+    """Run the real controllers that make pods of Jobs and Deployments and collect garbage."""
+    programs = kubernetes_programs()
+    with _process(
+        server.folder,
+        "kube-controller-manager",
+        str(programs / "kube-controller-manager"),
+        f"--kubeconfig={server.kubeconfig}",
+        f"--controllers={','.join(CONTROLLERS)}",
+        "--leader-elect=false",
+        f"--secure-port={free_port()}",
+        f"--cert-dir={server.folder / 'kcm-certs'}",
+    ):
+        yield

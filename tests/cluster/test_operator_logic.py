@@ -1,0 +1,344 @@
+"""The operator as a process against a real API server with real controllers; only nodes are played."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from contextlib import contextmanager
+from time import monotonic, sleep
+
+import pytest
+import yaml
+
+from modelcache_api import crd
+from support.api_server import Refused, api_server, controllers, free_port
+from support.fake_node import COMMITS, FakeNode
+
+MODELS = "/apis/modelcache.io/v1alpha1/namespaces/{}/modelcaches"
+
+
+@pytest.fixture(scope="module")
+def server():
+    with api_server() as running, controllers(running):
+        running.install_crd(yaml.safe_load(crd.DEFAULT_PATH.read_text()))
+        yield running
+
+
+@pytest.fixture(scope="module")
+def node(server):
+    with FakeNode(server) as playing:
+        yield playing
+
+
+@pytest.fixture
+def namespace(server, request):
+    name = "t-" + str(abs(hash(request.node.name)))[:12]
+    server.create("/api/v1/namespaces", {"metadata": {"name": name}})
+    return name
+
+
+class Operator:
+    """The operator's process."""
+
+    def __init__(self, server, log, **environment):
+        self.port = free_port()
+        self.log = log
+        with log.open("a") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "modelcache_operator"],
+                env={
+                    **os.environ,
+                    "KUBECONFIG": str(server.kubeconfig),
+                    "MODELCACHE_IMAGE": "modelcache:test",
+                    "MODELCACHE_METRICS_PORT": str(self.port),
+                    "PYTHONWARNINGS": "ignore",
+                    **environment,
+                },
+                stderr=errors,
+            )
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self):
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout=20)
+
+    def metric(self, name):
+        """Samples by name and labels; none while it does not answer."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=5) as response:
+                lines = response.read().decode().splitlines()
+        except OSError:
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            return {}
+        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line.startswith(name)}
+
+
+@contextmanager
+def operator(server, tmp_path, **environment):
+    running = Operator(server, tmp_path / "operator.log", **environment)
+    try:
+        yield running
+    except BaseException:
+        print(running.log.read_text()[-6000:])
+        raise
+    finally:
+        running.kill()
+
+
+def wait_until(ask, seconds=40):
+    deadline = monotonic() + seconds
+    while True:
+        found = ask()
+        if found:
+            return found
+        if monotonic() > deadline:
+            raise TimeoutError("not within the time")
+        sleep(0.1)
+
+
+class ModelCache:
+    def __init__(self, server, namespace, name="bert", **spec):
+        self.server = server
+        self.collection = MODELS.format(namespace)
+        self.path = f"{self.collection}/{name}"
+        self.namespace = namespace
+        body = {"repoId": "org/name", **spec}
+        server.create(
+            self.collection,
+            {"apiVersion": "modelcache.io/v1alpha1", "kind": "ModelCache", "metadata": {"name": name}, "spec": body},
+        )
+
+    def get(self):
+        return self.server.get(self.path)
+
+    def change(self, **spec):
+        return self.server.merge(self.path, {"spec": spec})
+
+    def conditions(self):
+        cr = self.get()
+        generation = cr["metadata"]["generation"]
+        return {
+            c["type"]: (c["status"], c["reason"])
+            for c in cr.get("status", {}).get("conditions", [])
+            if c["observedGeneration"] == generation
+        }
+
+    def wait_for(self, seconds=40, **conditions):
+        def holds():
+            now = self.conditions()
+            return all(value in now.get(type_, ()) for type_, value in conditions.items())
+
+        try:
+            wait_until(holds, seconds)
+        except TimeoutError:
+            raise AssertionError(json.dumps(self.get().get("status"), indent=1)) from None
+        return self.get()
+
+    def children(self):
+        kinds = {
+            "jobs": "/apis/batch/v1", "deployments": "/apis/apps/v1", "services": "/api/v1", "pods": "/api/v1",
+            "persistentvolumeclaims": "/api/v1",
+        }  # fmt: skip
+        return {
+            (plural, item["metadata"]["name"]): item
+            for plural, root in kinds.items()
+            for item in self.server.get(f"{root}/namespaces/{self.namespace}/{plural}")["items"]
+        }
+
+
+def test_apply_to_ready_and_a_rebuild_and_back(server, node, namespace, tmp_path):
+    with operator(server, tmp_path) as running:
+        model = ModelCache(server, namespace)
+        cr = model.wait_for(UpToDate="True", Ready="True")
+        assert cr["status"]["revision"]["short"] == "a" * 12
+        assert not cr["metadata"].get("finalizers")
+        assert not cr["metadata"].get("annotations")
+        deployment = model.children()["deployments", "bert-weights"]
+        for revision in ("v2", "main"):
+            model.change(revision=revision)
+            cr = model.wait_for(UpToDate="True")
+            assert cr["status"]["revision"]["active"] == COMMITS[revision]
+        after = model.children()["deployments", "bert-weights"]
+        assert after["spec"] == deployment["spec"]
+        reasons = {e["reason"] for e in server.get(f"/api/v1/namespaces/{namespace}/events")["items"]}
+        assert {"Activated", "UpToDate", "Serving", "Fetching"} <= reasons
+        assert running.stop() == 0
+
+
+def test_in_steady_state_nothing_is_asked_and_a_restart_writes_nothing(server, node, namespace, tmp_path):
+    with operator(server, tmp_path) as running:
+        model = ModelCache(server, namespace)
+        model.wait_for(UpToDate="True")
+        calls = running.metric("modelcache_operator_api_calls_total")
+
+        def quiet():
+            nonlocal calls
+            before, calls = calls, running.metric("modelcache_operator_api_calls_total")
+            own = {key: n for key, n in calls.items() if 'what="leases"' not in key}
+            return all(before.get(key) == n for key, n in own.items())
+
+        sleep(2)
+        quiet()
+        sleep(3)
+        assert quiet(), "calls for a healthy ModelCache"
+        before = model.children() | {("cr", ""): model.get()}
+        running.kill()
+    # the Lease of the one that was killed is waited out
+    with operator(server, tmp_path) as running:
+        wait_until(lambda: running.metric("modelcache_operator_reconciles_total"))
+        sleep(3)
+        after = model.children() | {("cr", ""): model.get()}
+        versions = [{k: o["metadata"]["resourceVersion"] for k, o in state.items()} for state in (before, after)]
+        assert versions[0] == versions[1]
+        calls = running.metric("modelcache_operator_api_calls_total")
+        verbs = {key for key in calls if 'what="leases"' not in key}
+        assert not any(f'verb="{verb}"' in key for key in verbs for verb in ("apply", "create", "delete"))
+
+
+def test_a_failing_revision_keeps_the_old_one_and_the_annotation_tries_again(server, node, namespace, tmp_path):
+    with operator(server, tmp_path):
+        model = ModelCache(server, namespace)
+        model.wait_for(UpToDate="True")
+        node.failures["plan", "v3"] = ("AuthFailed", 66)
+        try:
+            model.change(revision="v3")
+            model.wait_for(UpToDate="AuthFailed", Ready="True")
+        finally:
+            del node.failures["plan", "v3"]
+        server.merge(model.path, {"metadata": {"annotations": {"modelcache.io/reconcile-at": "1"}}})
+        cr = model.wait_for(UpToDate="True")
+        assert cr["status"]["revision"]["active"] == COMMITS["v3"]
+
+
+def test_killed_again_and_again_it_gets_there_and_runs_each_job_once(server, node, namespace, tmp_path):
+    """SIGKILL at ever later moments of the way; without the Lease, so that the next one acts at once."""
+    model = ModelCache(server, namespace, revision="v2")
+    ran = node.ran.copy()
+    for moment in range(8):
+        with operator(server, tmp_path, MODELCACHE_LEASE_NAME="") as running:
+            wait_until(
+                lambda running=running: running.metric("modelcache_operator_leading").get("modelcache_operator_leading")
+            )
+            sleep(0.25 * moment)
+    with operator(server, tmp_path, MODELCACHE_LEASE_NAME=""):
+        model.wait_for(UpToDate="True")
+    assert node.ran["plan", "v2"] - ran["plan", "v2"] == 1
+    assert node.ran["fetch", "v2"] - ran["fetch", "v2"] == 1
+
+
+def test_drift_and_deletions_are_repaired_and_a_deleted_claim_is_filled_anew(server, node, namespace, tmp_path):
+    with operator(server, tmp_path):
+        model = ModelCache(server, namespace)
+        model.wait_for(UpToDate="True")
+        root = f"/api/v1/namespaces/{namespace}"
+        server.delete(f"{root}/services/bert-weights")
+        server.merge(f"/apis/apps/v1/namespaces/{namespace}/deployments/bert-weights", {"spec": {"replicas": 3}})
+        wait_until(lambda: ("services", "bert-weights") in model.children())
+        wait_until(lambda: model.children()["deployments", "bert-weights"]["spec"]["replicas"] == 1)
+        server.delete(f"/apis/apps/v1/namespaces/{namespace}/deployments/bert-weights")
+        model.wait_for(UpToDate="True")
+        old = model.children()["persistentvolumeclaims", "bert-weights"]["metadata"]["uid"]
+        server.delete(f"{root}/persistentvolumeclaims/bert-weights")
+
+        def replaced():
+            claim = model.children().get(("persistentvolumeclaims", "bert-weights"))
+            return claim and claim["metadata"]["uid"] != old
+
+        wait_until(replaced)
+        model.wait_for(UpToDate="True", Ready="True")
+
+
+def test_a_foreign_deployment_is_not_touched(server, node, namespace, tmp_path):
+    pods = {"metadata": {"labels": {"a": "b"}}, "spec": {"containers": [{"name": "c", "image": "theirs"}]}}
+    path = f"/apis/apps/v1/namespaces/{namespace}/deployments"
+    theirs = server.create(
+        path,
+        {
+            "apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "bert-weights"},
+            "spec": {"replicas": 0, "selector": {"matchLabels": {"a": "b"}}, "template": pods},
+        },
+    )  # fmt: skip
+    with operator(server, tmp_path):
+        model = ModelCache(server, namespace)
+        model.wait_for(Serving="NameConflict", UpToDate="NameConflict", Ready="NameConflict")
+        assert server.get(f"{path}/bert-weights")["spec"] == theirs["spec"]
+
+
+def test_a_quota_is_the_reason_and_lifting_it_heals(server, node, namespace, tmp_path):
+    quotas = f"/api/v1/namespaces/{namespace}/resourcequotas"
+    server.create(quotas, {"metadata": {"name": "small"}, "spec": {"hard": {"persistentvolumeclaims": "0"}}})
+    wait_until(lambda: server.get(f"{quotas}/small").get("status", {}).get("hard"))
+    with operator(server, tmp_path):
+        model = ModelCache(server, namespace)
+        cr = model.wait_for(Fetched="QuotaExceeded")
+        assert "small" in next(c["message"] for c in cr["status"]["conditions"] if c["type"] == "Fetched")
+        server.delete(f"{quotas}/small")
+        model.wait_for(UpToDate="True", seconds=60)
+
+
+def test_deleted_with_the_operator_down_nothing_stays(server, node, namespace, tmp_path):
+    with operator(server, tmp_path):
+        model = ModelCache(server, namespace)
+        model.wait_for(UpToDate="True")
+    server.delete(model.path)
+    wait_until(lambda: not model.children())
+    with pytest.raises(Refused):
+        model.get()
+
+
+def test_the_same_name_created_at_once_starts_anew(server, node, namespace, tmp_path):
+    with operator(server, tmp_path):
+        model = ModelCache(server, namespace)
+        model.wait_for(UpToDate="True")
+        old = model.get()["metadata"]["uid"]
+        server.delete(model.path)
+        model = ModelCache(server, namespace)
+        cr = model.wait_for(UpToDate="True", seconds=60)
+        assert cr["metadata"]["uid"] != old
+        owners = [o["metadata"]["ownerReferences"][0]["uid"] for (k, _), o in model.children().items() if k != "pods"]
+        assert set(owners) - {cr["metadata"]["uid"]} == set() or len(set(owners)) <= 2
+
+
+def test_a_stampede_keeps_to_the_budget(server, node, namespace, tmp_path):
+    node.hold.add("fetch")
+    try:
+        with operator(server, tmp_path, MODELCACHE_MAX_FETCHES_PER_HOST="2", MODELCACHE_MAX_FETCHES="3"):
+            models = [ModelCache(server, namespace, f"m{n}") for n in range(6)]
+
+            def fetches():
+                return [n for kind, n in models[0].children() if kind == "jobs" and "-fetch-" in n]
+
+            wait_until(lambda: len(fetches()) == 2)
+            wait_until(lambda: sum("WaitingForTurn" in m.conditions().get("Fetched", ()) for m in models) == 4)
+            assert len(fetches()) == 2
+            node.hold.discard("fetch")
+            for model in models:
+                model.wait_for(UpToDate="True", seconds=60)
+    finally:
+        node.hold.discard("fetch")
+
+
+def test_a_standby_takes_over_soon_after_a_kill_and_at_once_after_a_stop(server, node, namespace, tmp_path):
+    def leads(running):
+        return running.metric("modelcache_operator_leading").get("modelcache_operator_leading") == 1
+
+    with operator(server, tmp_path, MODELCACHE_LEASE_NAME="ha") as first:
+        wait_until(lambda: leads(first))
+        with operator(server, tmp_path, MODELCACHE_LEASE_NAME="ha") as second:
+            wait_until(lambda: second.metric("modelcache_operator_leading"))
+            assert not leads(second)
+            began = monotonic()
+            assert first.stop() == 0
+            wait_until(lambda: leads(second), 10)
+            assert monotonic() - began < 5
+            with operator(server, tmp_path, MODELCACHE_LEASE_NAME="ha") as third:
+                wait_until(lambda: third.metric("modelcache_operator_leading"))
+                began = monotonic()
+                second.kill()
+                wait_until(lambda: leads(third), 25)
+                assert monotonic() - began < 20
