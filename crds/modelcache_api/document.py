@@ -18,7 +18,7 @@ _COLLECTIONS = frozenset({"tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"})
 Path = tuple[str | int, ...]
 
 
-class UnreadableYaml(Exception):  # noqa: N818 - reads as what it is
+class UnreadableYaml(Exception):
     """The text is no YAML that this program reads.
 
     Attributes:
