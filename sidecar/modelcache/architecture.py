@@ -133,8 +133,11 @@ def build(
             sketches[id(tensor)] = tensor
             if place not in [known for _, known in owners[id(tensor)]]:
                 owners[id(tensor)].append((name, place))
-    sizes = _module_sizes(model)
-    blocks = dict(find_blocks(model, lambda name: block_limit is None or sizes[name] <= block_limit))
+    if block_limit is None:
+        blocks = dict(find_blocks(model))
+    else:
+        sizes = _module_sizes(model)
+        blocks = dict(find_blocks(model, lambda name: sizes[name] <= block_limit))
     grouped: dict[str, list[tuple[Sketch, list[tuple[str, Place]]]]] = {name: [] for name in blocks}
     ancestors = {prefix for name in blocks for prefix in _prefixes(name)[:-1]} | {""}
     for key, found in owners.items():

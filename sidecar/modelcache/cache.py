@@ -11,6 +11,8 @@ from modelcache.errors import ModelCacheError, Unavailable
 from modelcache.loader import Load
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from modelcache.architecture import Component
     from modelcache.layers import LayerPolicy
     from modelcache.loader import Loader
@@ -70,10 +72,26 @@ class ComponentCache:
         self._loads: dict[str, Load] = {}
         self._bound: set[str] = set()
 
-    def start(self) -> None:
-        """Starts to load the resident components and the first blocks."""
+    def start(self, begun: Iterable[Load] = ()) -> None:
+        """Starts to load the resident components and the first blocks.
+
+        Args:
+            begun: loads that were started when the components were only guessed from the checkpoint's names; those that
+                turn out to be a component's are used, the others dropped.
+        """
         with self._lock:
-            for name in self.resident:
+            by_places = {frozenset(load.layouts[0].offsets): load for load in begun}
+            for name, component in {**self.resident, **self.blocks}.items():
+                load = by_places.get(frozenset(component.layout.offsets))
+                if load is not None and load.layouts == (component.layout, component.scratch):
+                    load.adopt(component)
+                    self._loads[name] = load
+                    if name in self.blocks:
+                        self.policy.ahead_of_use[name] = None
+            for load in begun:
+                if load.component is None:
+                    self._loader.drop(load)
+            for name in self.resident.keys() - self._loads.keys():
                 self._start(name, urgent=True)
             self._prefetch()
 
@@ -167,7 +185,8 @@ class ComponentCache:
         return self.blocks.get(name) or self.resident[name]
 
     def _start(self, name: str, *, urgent: bool) -> Load:
-        load = Load(self._component(name), self._source, self.timeout)
+        component = self._component(name)
+        load = Load(name, (component.layout, component.scratch), self._source, self.timeout, component)
         self._loads[name] = load
         self._loader.submit(load, urgent=urgent)
         return load
@@ -190,7 +209,7 @@ class ComponentCache:
             return
         if name in self._bound:
             self._bound.discard(name)
-            for binding in load.component.bindings:
+            for binding in self._component(name).bindings:
                 for place in binding.places:
                     place.put(binding.meta)
         if not load.done.is_set():
@@ -206,7 +225,7 @@ class ComponentCache:
             load = self._await(name, load)
         with self._lock:
             if name not in self._bound:
-                for binding, tensor in zip(load.component.bindings, load.tensors, strict=True):
+                for binding, tensor in zip(self._component(name).bindings, load.tensors, strict=True):
                     for place in binding.places:
                         place.put(tensor)
                 self._bound.add(name)
@@ -230,7 +249,7 @@ class ComponentCache:
 def _wait(load: Load, timeout: float) -> float:
     started = time.monotonic()
     if not load.done.wait(timeout + 5.0):
-        raise Unavailable(f"{load.component.name} was not loaded within {timeout:g} s.")
+        raise Unavailable(f"{load.name} was not loaded within {timeout:g} s.")
     return time.monotonic() - started
 
 

@@ -18,7 +18,7 @@ from modelcache.sketch import Leaf, evaluate
 if TYPE_CHECKING:
     from modelcache.architecture import Component
     from modelcache.buffers import Lease, SlabPool
-    from modelcache.plan import Run, Stored
+    from modelcache.plan import Layout, Run, Stored
     from modelcache.reader import Source
 
 __all__ = ["Load", "Loader", "assemble", "tensor_at"]
@@ -27,14 +27,29 @@ __all__ = ["Load", "Loader", "assemble", "tensor_at"]
 class Load:
     """One component on its way.
 
+    Args:
+        name: of the component, for messages.
+        layouts: what to read: what parameters look at, and what they are computed from.
+        source: where to read it.
+        seconds: until which it has to be there, once reading it has begun.
+        component: what is loaded; None: not known yet (it is read ahead of the model's construction).
+
     Attributes:
-        component: what is loaded.
-        tensors: one for each binding, once ``done`` is set without an error.
+        tensors: one for each binding, once it is done without an error and the component is known.
         error: why it failed.
         done: set when it has succeeded or failed.
     """
 
-    def __init__(self, component: Component, source: Source, seconds: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        layouts: tuple[Layout, Layout],
+        source: Source,
+        seconds: float,
+        component: Component | None = None,
+    ) -> None:
+        self.name = name
+        self.layouts = layouts
         self.component = component
         self.tensors: list[torch.Tensor] = []
         self.error: BaseException | None = None
@@ -43,8 +58,8 @@ class Load:
         self.seconds = seconds
         self.deadline: Deadline | None = None
         self.wire_bytes = 0
-        layouts = (component.layout, component.scratch)
         self._runs = [(run, index) for index, layout in enumerate(layouts) for run in layout.runs]
+        self.empty = not self._runs
         self._left = max(1, len(self._runs))
         self._lock = threading.Lock()
         self._leases: list[Lease | None] = []
@@ -59,8 +74,7 @@ class Load:
             if self.deadline is None:
                 self.deadline = Deadline(self.seconds, cancellation)
             if not self._leases:
-                layouts = (self.component.layout, self.component.scratch)
-                self._leases = [pool.take(layout.nbytes) if layout.runs else None for layout in layouts]
+                self._leases = [pool.take(layout.nbytes) if layout.runs else None for layout in self.layouts]
             lease = self._leases[index]
         if lease is None:
             raise Cancelled("The layer is not needed any more.")
@@ -74,11 +88,23 @@ class Load:
             return self._left == 0 and self.error is None
 
     def complete(self) -> None:
-        """Makes the tensors from what was received."""
+        """Notes that all was received, and makes the tensors if it is known which."""
+        with self._lock:
+            if self.component is not None:
+                self._assemble(self.component)
+            self.done.set()
+
+    def adopt(self, component: Component) -> None:
+        """Says what it is that was read ahead; the layout must be the component's."""
+        with self._lock:
+            self.component = component
+            if self.done.is_set() and self.error is None:
+                self._assemble(component)
+
+    def _assemble(self, component: Component) -> None:
         main, scratch = self._leases or (None, None)
-        self.tensors = assemble(self.component, main, scratch)
+        self.tensors = assemble(component, main, scratch)
         self._leases = []
-        self.done.set()
 
     def fail(self, error: BaseException) -> None:
         """Ends the load with an error, unless it has one."""
@@ -162,12 +188,11 @@ class Loader:
                     return None
                 while self._queue:
                     load = self._queue[0][2]
-                    empty = load.component.layout.runs == () and load.component.scratch.runs == ()
                     run = load.next_run()
                     if run is not None:
                         return load, *run
                     self._queue.pop(0)
-                    if empty and not load.done.is_set():
+                    if load.empty and not load.done.is_set():
                         return load, None, 0
                     del load
                 self._condition.wait()

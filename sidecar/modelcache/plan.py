@@ -28,6 +28,7 @@ __all__ = [
     "Run",
     "Stored",
     "coalesce",
+    "guess_components",
     "lay_out",
     "select_tensors",
 ]
@@ -40,6 +41,7 @@ RUN_BYTES: Final = 16 * 2**20
 # Reading over a small hole is cheaper than another request.
 GAP_BYTES: Final = 64 * 2**10
 _LEGACY: Final = 3
+_EMBEDDINGS: Final = ("emb", "wte", "wpe", "shared")
 _RANKS: Final = {
     "model.safetensors": 0,
     "model.safetensors.index.json": 1,
@@ -207,6 +209,37 @@ def coalesce(pieces: Iterable[Piece], *, run_bytes: int = RUN_BYTES) -> tuple[Ru
             runs.append([piece])
             length = size
     return tuple(Run(pieces[0].tensor.path, tuple(pieces)) for pieces in runs)
+
+
+def guess_components(tensors: Iterable[Stored]) -> dict[str, list[Stored]]:
+    """Groups a checkpoint's tensors as a model of blocks would, by their names alone.
+
+    ``encoder.layer.3.output.dense.weight`` belongs to ``encoder.layer.3``; ``embeddings.word_embeddings.weight`` to
+    ``embeddings``, the outermost part of its name that leads to no block. It is a guess, to start reading before the
+    model is built; what it gets wrong is read again.
+
+    Returns:
+        Embeddings first, then blocks in their order; other groups are left out, since a model may not want them.
+    """
+    tensors = list(tensors)
+    paths = {tensor.name: tensor.name.split(".") for tensor in tensors}
+    blocks = {name: _block(path) for name, path in paths.items()}
+    ancestors = {block[:end] for block in blocks.values() if block for end in range(len(block))}
+    groups: dict[tuple[str, ...], list[Stored]] = {}
+    for tensor in tensors:
+        path = tuple(paths[tensor.name])
+        home = blocks[tensor.name] or next(
+            (path[:end] for end in range(1, len(path)) if path[:end] not in ancestors), ()
+        )
+        if home and (blocks[tensor.name] or any(word in home[-1] for word in _EMBEDDINGS)):
+            groups.setdefault(home, []).append(tensor)
+    order = sorted(groups, key=lambda home: (home[-1].isdigit(), home[:-1], int(home[-1]) if home[-1].isdigit() else 0))
+    return {".".join(home): groups[home] for home in order}
+
+
+def _block(path: list[str]) -> tuple[str, ...]:
+    end = next((index for index, part in enumerate(path) if part.isdigit()), -1)
+    return tuple(path[: end + 1])
 
 
 def select_tensors(manifest: Manifest, *, subfolder: str = "", variant: str = "") -> list[Stored]:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Source", "read_run"]
 
-# Received and checksummed while it is still in the processor's cache.
-STEP_BYTES: Final = 2**20
+# One system call, and one turn at the interpreter lock: a busy main thread gives it up only each 5 ms.
+STEP_BYTES: Final = BLOCK_BYTES
 _BACKOFF_SECONDS: Final = (0.0, 0.02, 0.1, 0.3, 0.5)
 
 
@@ -64,6 +64,40 @@ class _Progress:
             self.position = piece.begin
             self.crc = _known_crc(piece)
             self.good = (self.position, self.crc)
+
+    def stretch(self) -> int:
+        """How many bytes from here lie next to each other in the file and in memory, at most STEP_BYTES."""
+        pieces = self.run.pieces
+        last = pieces[self.index]
+        length = last.end - self.position
+        for piece in pieces[self.index + 1 :]:
+            size = last.end - last.begin
+            if length >= STEP_BYTES or (piece.offset, piece.destination) != (
+                last.offset + size,
+                last.destination + size,
+            ):
+                break
+            length += piece.end - piece.begin
+            last = piece
+        return min(length, STEP_BYTES)
+
+    def take(self, data: memoryview) -> None:
+        """Checks bytes that have arrived, piece by piece; raises _ChecksumDiffers at the first that is wrong."""
+        while data:
+            piece = self.run.pieces[self.index]
+            tensor = piece.tensor
+            check = min((self.position // BLOCK_BYTES + 1) * BLOCK_BYTES, tensor.length)
+            count = min(len(data), check - self.position)
+            self.crc = crc32c(data[:count], self.crc)
+            self.position += count
+            self.offset += count
+            data = data[count:]
+            if self.position == check:
+                if self.crc != tensor.crc[(check - 1) // BLOCK_BYTES]:
+                    raise _ChecksumDiffers(piece)
+                self.good = (self.position, self.crc)
+                if check == piece.end:
+                    self.next_piece()
 
     def rewind(self) -> None:
         """Back to the last point of this piece whose checksum was right."""
@@ -122,28 +156,14 @@ def read_run(source: Source, run: Run, memory: memoryview, deadline: Deadline) -
 
 
 def _receive(stream: ByteStream, progress: _Progress, memory: memoryview) -> None:
-    pieces = progress.run.pieces
     while not progress.done:
-        piece = pieces[progress.index]
-        tensor = piece.tensor
-        hole = tensor.offset + progress.position - progress.offset
+        piece = progress.run.pieces[progress.index]
+        hole = piece.tensor.offset + progress.position - progress.offset
         if hole:
             _skip(stream, hole, progress)
-        base = piece.destination - piece.begin
-        while progress.position < piece.end:
-            position = progress.position
-            check = min((position // BLOCK_BYTES + 1) * BLOCK_BYTES, tensor.length)
-            stop = min(check, position + STEP_BYTES)
-            view = memory[base + position : base + stop]
-            count = stream.read_into(view)
-            progress.crc = crc32c(view[:count], progress.crc)
-            progress.position = position = position + count
-            progress.offset += count
-            if position == check:
-                if progress.crc != tensor.crc[(position - 1) // BLOCK_BYTES]:
-                    raise _ChecksumDiffers(piece)
-                progress.good = (position, progress.crc)
-        progress.next_piece()
+        start = piece.destination + progress.position - piece.begin
+        count = stream.read_into(memory[start : start + progress.stretch()])
+        progress.take(memory[start : start + count])
 
 
 def _skip(stream: ByteStream, count: int, progress: _Progress) -> None:

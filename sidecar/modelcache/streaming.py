@@ -17,8 +17,8 @@ from modelcache.deadline import Deadline
 from modelcache.hooks import guard, stream_block, time_calls
 from modelcache.layers import LayerPolicy
 from modelcache.lease import LeaseKeeper
-from modelcache.loader import Loader
-from modelcache.plan import select_tensors
+from modelcache.loader import Load, Loader
+from modelcache.plan import guess_components, lay_out, select_tensors
 from modelcache.pretrained import load_pretrained
 from modelcache.process import pool
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from modelcache.connection import PinnedSnapshot
+    from modelcache.plan import Stored
 
 __all__ = ["StreamingModel"]
 
@@ -360,13 +361,40 @@ class StreamingModel:
             raise
 
     def _build(self, snapshot: PinnedSnapshot) -> _Session:
+        tensors = select_tensors(snapshot.manifest, **self._where)
+        loader = Loader(pool, name=f"modelcache-{self.model_name}")
+        try:
+            begun = self._read_ahead(snapshot, tensors, loader)
+            return self._construct(snapshot, tensors, loader, begun)
+        except BaseException:
+            loader.close()
+            raise
+
+    def _read_ahead(self, snapshot: PinnedSnapshot, tensors: list[Stored], loader: Loader) -> list[Load]:
+        """Starts to read what is probably needed first, while transformers still builds the model."""
+        if self._max_bytes is not None:
+            return []
+        slots = len(tensors) if self._max_layers is None else self._max_layers + self._ahead
+        loads = []
+        for name, members in guess_components(tensors).items():
+            is_block = name.rpartition(".")[2].isdigit()
+            slots -= is_block
+            if slots < 0:
+                break
+            loads.append(Load(name, (lay_out(members), lay_out(())), snapshot, self._timeout))
+            loader.submit(loads[-1])
+        return loads
+
+    def _construct(
+        self, snapshot: PinnedSnapshot, tensors: list[Stored], loader: Loader, begun: list[Load]
+    ) -> _Session:
         pretrained = load_pretrained(
             snapshot, self._auto_class, self._model_args, subfolder=self._where["subfolder"], timeout=self._timeout
         )
         architecture = build(
             pretrained.model_class,
             pretrained.config,
-            select_tensors(snapshot.manifest, **self._where),
+            tensors,
             model_args=pretrained.model_args,
             block_limit=self._max_bytes,
         )
@@ -379,13 +407,12 @@ class StreamingModel:
             max_bytes=self._max_bytes,
             ahead=self._ahead,
         )
-        loader = Loader(pool, name=f"modelcache-{self.model_name}")
         cache = ComponentCache(architecture.blocks, architecture.resident, policy, loader, snapshot, self._timeout)
         for component in architecture.blocks:
             stream_block(component, cache)
         time_calls(model, weakref.WeakMethod(self._note_inference), cache)
         guard(model, cache)
-        cache.start()
+        cache.start(begun)
         return _Session(snapshot, architecture, cache)
 
 

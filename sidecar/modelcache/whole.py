@@ -111,7 +111,10 @@ def _load(
 ) -> dict[str, torch.Tensor]:
     components = [_component(index, chunk) for index, chunk in enumerate(_chunks(tensors))]
     loader = Loader(pool, name=f"modelcache-load-{name}")
-    loads = [Load(component, pinned, timeout) for component in components]
+    loads = [
+        Load(component.name, (component.layout, component.scratch), pinned, timeout, component)
+        for component in components
+    ]
     found: dict[str, torch.Tensor] = {}
     hidden = None if progress is None else not progress
     total = sum(component.layout.wire_bytes for component in components)
@@ -119,12 +122,12 @@ def _load(
         for load in loads:
             loader.submit(load)
         with tqdm(desc=name or "weights", total=total, unit="B", unit_scale=True, disable=hidden) as bar:
-            for load in loads:
+            for component, load in zip(components, loads, strict=True):
                 load.done.wait()
                 if load.error is not None:
                     raise load.error
-                bar.update(load.component.layout.wire_bytes)
-                found.update(zip((each.name for each in load.component.bindings), load.tensors, strict=True))
+                bar.update(component.layout.wire_bytes)
+                found.update(zip((each.name for each in component.bindings), load.tensors, strict=True))
                 load.tensors = []
     finally:
         loader.close()
