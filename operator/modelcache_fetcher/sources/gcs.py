@@ -17,6 +17,7 @@ from google.auth import exceptions as auth_exceptions
 from google.auth.credentials import AnonymousCredentials
 from google.auth.transport.requests import Request
 from google.cloud.storage import Client
+from google.oauth2.service_account import Credentials as ServiceAccount
 
 from modelcache_api.reasons import Reason
 from modelcache_fetcher.errors import FetchError
@@ -127,14 +128,13 @@ class GcsSource:
         text = self._secrets.read(SERVICE_ACCOUNT)
         if text is not None:
             try:
-                loaded, _ = google.auth.load_credentials_from_dict(json.loads(text), scopes=_SCOPES)  # type: ignore[no-untyped-call]
-            except (ValueError, auth_exceptions.GoogleAuthError):
+                return ServiceAccount.from_service_account_info(json.loads(text), scopes=_SCOPES)  # type: ignore[no-untyped-call]
+            except (ValueError, TypeError, AttributeError, KeyError, auth_exceptions.GoogleAuthError):
                 # What the library says may quote the key.
                 raise FetchError(
                     Reason.SECRET_MISSING,
                     f"The key {SERVICE_ACCOUNT!r} of the secret is no service account's JSON; download a key again.",
                 ) from None
-            return loaded
         if not self._default_service:
             # The pod's cloud identity is for Google's service, whatever endpoint a manifest names.
             return AnonymousCredentials()  # type: ignore[no-untyped-call]
