@@ -40,13 +40,14 @@ def cache_root() -> Path:
 def cached(kind: str, key: str, make: Callable[[Path], None]) -> Path:
     """The folder KIND/KEY of the cache, made by `make` (which gets an empty folder to fill) if it is not there.
 
-    One process makes it, others wait. Of each NAME in a KEY of the form NAME-HASH, the latest `KEPT` stay.
+    A KEY is NAME-HASH. One process makes it, others wait; the latest `KEPT` of each NAME stay.
     """
     place = cache_root() / kind / key
     if place.exists():
         return place
+    name = key.rpartition("-")[0]
     place.parent.mkdir(parents=True, exist_ok=True)
-    with (place.parent / ".lock").open("w") as lock:
+    with (place.parent / f".{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not place.exists():
             new = Path(tempfile.mkdtemp(dir=place.parent, prefix=".new-"))
@@ -56,7 +57,7 @@ def cached(kind: str, key: str, make: Callable[[Path], None]) -> Path:
                 new.rename(place)
             finally:
                 shutil.rmtree(new, ignore_errors=True)
-            alike = place.parent.glob(f"{key.rpartition('-')[0]}-????????????")
+            alike = place.parent.glob(f"{name}-????????????")
             for old in sorted(alike, key=lambda path: path.stat().st_mtime, reverse=True)[KEPT:]:
                 shutil.rmtree(old)
     return place
