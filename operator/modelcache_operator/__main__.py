@@ -1,5 +1,6 @@
 """`modelcache-operator`: waits for leadership, then watches and reconciles until it is told to stop."""
 
+import argparse
 import asyncio
 import logging
 import os
@@ -11,7 +12,7 @@ from typing import Any
 
 import kopf
 
-from modelcache_operator import handlers, logs, metrics
+from modelcache_operator import handlers, logs, metrics, rights
 from modelcache_operator.asking import Pods
 from modelcache_operator.controller import Controller
 from modelcache_operator.errors import ApiError, ApiUnreachable, LeadershipLost, OperatorError
@@ -26,8 +27,11 @@ log = logging.getLogger("modelcache_operator")
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Run the program; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="modelcache-operator", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only say whether this account may do what is needed")
+    options = parser.parse_args(arguments)
     try:
         settings = from_environment()
     except OperatorError as error:
@@ -35,6 +39,8 @@ def main() -> int:
         return 2
     logs.configure(settings.log_level)
     try:
+        if options.check:
+            return asyncio.run(check(settings))
         asyncio.run(run(settings))
     except LeadershipLost as error:
         # another replica may act already: nothing may be finished first
@@ -88,6 +94,18 @@ async def run(settings: Settings) -> None:
         await pods.close()
         await kube.__aexit__(None, None, None)
         await runner.cleanup()
+
+
+async def check(settings: Settings) -> int:
+    """Print what is missing or too much in this account's rights; returns the exit code."""
+    async with Kube(await load_configuration()) as kube:
+        await _wait_for_api(kube, settings)
+        problems = await rights.problems(kube, settings)
+    for problem in problems:
+        sys.stderr.write(f"{problem}\n")
+    if not problems:
+        sys.stdout.write("the CRD is installed, and this account may do what the operator needs and read no Secrets\n")
+    return 1 if problems else 0
 
 
 async def _lead(

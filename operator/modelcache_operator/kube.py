@@ -156,6 +156,17 @@ class Kube:
             raise
         return True
 
+    async def review(self, attributes: Object) -> bool:
+        """Ask whether this account may do something (SelfSubjectAccessReview)."""
+        path = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
+        body = {
+            "apiVersion": "authorization.k8s.io/v1",
+            "kind": "SelfSubjectAccessReview",
+            "spec": {"resourceAttributes": attributes},
+        }
+        answer = await self._call("create", "selfsubjectaccessreviews", "POST", path, {}, body)
+        return bool(answer["status"].get("allowed"))
+
     async def read_path(self, path: str) -> Object:
         """GET a non-resource path such as ``/openid/v1/jwks``."""
         return await self._call("get", path, "GET", path)
