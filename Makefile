@@ -41,7 +41,7 @@ check: setup ## Format, lint, types, walls, generated files, unit tests (under 2
 	mypy
 	lint-imports --no-logo
 	tests/support/generate_stubs --check weight_server
-	$(BIN)/python -m modelcache_api.crd --check
+	$(BIN)/python -m modelcache_api.crd --check crds/modelcaches.yaml helm/modelcache/files/modelcaches.yaml
 	$(BIN)/python -m pytest -q tests/unit -m 'not slow'
 
 .PHONY: format
@@ -51,7 +51,7 @@ format: setup ## Rewrite the code in the project's format
 
 .PHONY: crd
 crd: setup ## Generate the CRD
-	$(BIN)/python -m modelcache_api.crd
+	$(BIN)/python -m modelcache_api.crd crds/modelcaches.yaml helm/modelcache/files/modelcaches.yaml
 
 .PHONY: proto
 proto: ## Generate the protobuf stubs
