@@ -26,11 +26,15 @@ _EXTRAS = {
     "huggingface_hub": "fetch",
     "boto3": "fetch",
     "botocore": "fetch",
+    "awscrt": "fetch",
     "google": "fetch",
     "tqdm": "fetch",
     "grpc_health": "server",
     "grpc_reflection": "server",
+    "grpc_status": "server",
+    "jwt": "server",
     "prometheus_client": "server",
+    "redis": "server",
 }
 
 
