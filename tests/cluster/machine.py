@@ -21,7 +21,7 @@ from cluster.node import NODE_NAME, Addresses, ClusterError, Node, wait_until
 from cluster.pki import make_pki
 from cluster.programs import kubernetes_programs
 
-READY_SECONDS = 90
+READY_SECONDS = 150
 
 
 class MachineCluster:
