@@ -213,7 +213,8 @@ class Downloader:
     ) -> tuple[Received | None, str]:
         try:
             reader.update(content)
-            return reader.finish()
+            with transfer.part.open("rb") as file:
+                return reader.finish(file.fileno())
         except BadWeights as error:
             if last:
                 raise FetchError(Reason.BAD_WEIGHTS, str(error), path=transfer.file.path) from None
@@ -417,7 +418,7 @@ class Downloader:
 
     def _complete(self, transfer: Transfer) -> None:
         try:
-            received, problem = transfer.reader.finish()
+            received, problem = transfer.reader.finish(transfer.fd)
         except BadWeights as error:
             raise FetchError(Reason.BAD_WEIGHTS, str(error), path=transfer.file.path) from None
         if received is None:

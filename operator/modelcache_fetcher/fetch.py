@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -180,6 +181,7 @@ class _Run:
         self.indexed.clear()
         self.progress.begin("planning")
         plan = _plan(self.spec, self.source, self.limits, self.deadline)
+        _log_plan(plan)
         self.progress.begin("fetching", total_bytes=plan.total_bytes, files=len(plan.files))
         snapshot = published_snapshot(self.writer.volume, plan)
         if snapshot is None or snapshot.manifest.source.commit != plan.commit:
@@ -341,6 +343,16 @@ def _plan(spec: ModelCacheSpec, source: Source, limits: Limits, deadline: float 
         files=files,
         skipped=skipped,
     )
+
+
+def _log_plan(plan: Plan) -> None:
+    total = format_bytes(plan.total_bytes)
+    _LOG.info("%s at %s: %d files, %s", plan.repo_id, plan.commit[:12], len(plan.files), total)
+    if not plan.allow_patterns and plan.skipped:
+        reasons = Counter(skipped.why for skipped in plan.skipped)
+        size = format_bytes(sum(skipped.size for skipped in plan.skipped))
+        shown = "; ".join(f"{count} x {why}" for why, count in reasons.most_common(5))
+        _LOG.info('left out %d files, %s (allowPatterns: ["*"] takes all): %s', len(plan.skipped), size, shown)
 
 
 def _source(spec: ModelCacheSpec, options: FetchOptions) -> Source:

@@ -9,6 +9,7 @@ from typing import Any
 from modelcache_api.reasons import Reason
 from modelcache_fetcher.errors import FetchError
 from modelcache_fetcher.patterns import first_match, nearest_names
+from modelcache_fetcher.weights_choice import left_out
 from modelcache_volume import InvalidPath, refuse_clashes, validate_path
 from modelcache_volume.v1.manifest_pb2 import VERIFICATION_NONE, Verification
 
@@ -165,7 +166,7 @@ def select(
 
     Args:
         listing: What the source has.
-        allow: Patterns of which one must match; None or empty: all files.
+        allow: Patterns of which one must match; None or empty: one set of weights, and all that is no weights.
         ignore: Patterns of which none may match.
 
     Raises:
@@ -173,6 +174,8 @@ def select(
     """
     files: list[PlannedFile] = []
     skipped: list[SkippedFile] = []
+    remaining = [file.path for file in listing.files if first_match(file.path, ignore or ()) is None]
+    needless = {} if allow else left_out(remaining)
     for file in sorted(listing.files, key=lambda each: each.path.encode("utf-8", "surrogateescape")):
         allowed = first_match(file.path, allow) if allow else None
         ignored = first_match(file.path, ignore or ())
@@ -180,6 +183,8 @@ def select(
             skipped.append(SkippedFile(file.path, file.size, "matches none of allowPatterns"))
         elif ignored is not None:
             skipped.append(SkippedFile(file.path, file.size, f"matches ignorePatterns {ignored!r}"))
+        elif file.path in needless:
+            skipped.append(SkippedFile(file.path, file.size, needless[file.path]))
         else:
             why = f"matches allowPatterns {allowed!r}" if allowed is not None else "no allowPatterns are given"
             files.append(PlannedFile(file, why))

@@ -74,7 +74,7 @@ def read_again(writer: VolumeWriter, folder: str, file: SourceFile, sha256: str)
             reader.update(buffer[:count])
             os.posix_fadvise(fd, position, count, os.POSIX_FADV_DONTNEED)
             position += count
-        received, _ = reader.finish() if position == file.size else (None, "")
+        received, _ = reader.finish(fd) if position == file.size else (None, "")
     except BadWeights:
         return None
     finally:

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING
 from modelcache_fetcher.checksums import SourceHasher
 from modelcache_fetcher.pieces import PieceLog, PieceMap, load_pieces, log_path
 from modelcache_fetcher.plan import SourceFile
-from modelcache_volume import ContentDigests, IndexedFile, SafetensorsIndexer
+from modelcache_volume import (
+    ContentDigests,
+    IndexedFile,
+    SafetensorsIndexer,
+    index_torch_checkpoint,
+    is_torch_checkpoint,
+)
 
 if TYPE_CHECKING:
     from modelcache_fetcher.sources import Location
@@ -29,7 +35,7 @@ class Received:
     Attributes:
         file: What was planned.
         digests: Of its content.
-        indexed: Its tensors, if it is a safetensors file.
+        indexed: Its tensors, if it is a weight file.
     """
 
     file: SourceFile
@@ -52,14 +58,23 @@ class ContentReader:
         if self._indexer is not None:
             self._indexer.update(data)
 
-    def finish(self) -> tuple[Received | None, str]:
-        """The complete file; or None and what differs from the source's checksums. Raises BadWeights."""
+    def finish(self, descriptor: int) -> tuple[Received | None, str]:
+        """The complete file; or None and what differs from the source's checksums.
+
+        Args:
+            descriptor: The file, for formats that cannot be indexed while they stream by.
+
+        Raises:
+            BadWeights: It is no sound weight file.
+        """
         digests = self._hasher.result()
         for checksum in self._file.checksums:
             found = digests.sha256 if checksum.algorithm == "sha256" else digests.extra[checksum.algorithm]
             if found != checksum.value:
                 return None, f"its {checksum.algorithm} is {found.hex()}, the source says {checksum.value.hex()}"
         indexed = self._indexer.finish() if self._indexer is not None else None
+        if is_torch_checkpoint(self._file.path):
+            indexed = index_torch_checkpoint(self._file.path, descriptor)
         return Received(self._file, digests, indexed), ""
 
 
