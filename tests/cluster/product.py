@@ -1,0 +1,148 @@
+"""The product in the test cluster: installed by helm, a hub in a pod, ModelCaches and pods that read."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from cluster.kubectl import Kubectl, Resource
+from cluster.node import wait_until
+from cluster.programs import helm
+from cluster.workloads import container, pod, pod_spec
+
+TESTS = Path(__file__).parents[1]
+CHART = TESTS.parent / "helm/modelcache"
+SYSTEM = "modelcache-system"
+MODELS = "modelcaches.modelcache.io"
+
+
+def run_helm(kubectl: Kubectl, *arguments: str) -> str:
+    """Run helm against the cluster; raises with what it said."""
+    command = [str(helm()), "--kubeconfig", str(kubectl.kubeconfig), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def install(kubectl: Kubectl, image: str, *arguments: str) -> None:
+    """helm upgrade --install, and wait until the operator is ready."""
+    repository, _, tag = image.rpartition(":")
+    run_helm(
+        kubectl, "upgrade", "--install", "modelcache", str(CHART), f"--namespace={SYSTEM}", "--create-namespace",
+        f"--set=image.repository={repository}", f"--set-string=image.tag={tag}", "--wait", "--timeout=120s", *arguments,
+    )  # fmt: skip
+
+
+class Hub:
+    """The fake hub as a pod with a Service, in a namespace of its own."""
+
+    def __init__(self, kubectl: Kubectl, image: str) -> None:
+        self.kubectl = kubectl
+        host = f"hub.{kubectl.namespace}.svc"
+        self.url = f"http://{host}:8000"
+        files = {
+            "fake_hub.py": TESTS / "support/fake_hub.py",
+            "sendfile_server.py": TESTS / "support/sendfile_server.py",
+            "hub_pod.py": Path(__file__).with_name("hub_pod.py"),
+        }
+        code = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "hub"}, "data": {}}
+        code["data"] = {name: path.read_text() for name, path in files.items()}
+        main = container(image, "python3", "/app/hub_pod.py", env=[{"name": "HOST", "value": host}])
+        spec = pod_spec(main)
+        items = [{"key": n, "path": n if n == "hub_pod.py" else f"support/{n}"} for n in files]
+        spec["volumes"] = [
+            {"name": "app", "configMap": {"name": "hub", "items": items}},
+            {"name": "tmp", "emptyDir": {}},
+        ]
+        main["volumeMounts"] = [{"name": "app", "mountPath": "/app"}, {"name": "tmp", "mountPath": "/tmp"}]
+        spec["containers"] = [main]
+        service = {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": {"name": "hub"},
+            "spec": {
+                "selector": {"app": "hub"},
+                "ports": [{"name": "api", "port": 8000}, {"name": "files", "port": 8001}],
+            },
+        }
+        kubectl.apply(code, service, pod("hub", spec))
+        kubectl.wait_for("pod", "hub", lambda p: p["status"].get("phase") == "Running", seconds=120)
+        wait_until("the hub in the pod", 60, self._try, pause=0.5)
+
+    def _try(self) -> bool:
+        try:
+            self.order(downloads=True)
+        except Exception:  # noqa: BLE001 - not there yet
+            return False
+        return True
+
+    def order(self, **order: Any) -> dict[str, Any]:
+        """Send one command to the hub's control port."""
+        script = (
+            "import sys,urllib.request as u;"
+            "print(u.urlopen(u.Request('http://127.0.0.1:8002', data=sys.argv[1].encode())).read().decode())"
+        )
+        answer: dict[str, Any] = json.loads(
+            self.kubectl("exec", "hub", "--", "python3", "-c", script, json.dumps(order))
+        )
+        return answer
+
+    def commit(self, seed: int, **more: Any) -> dict[str, Any]:
+        """A new state of org/model; answers its commit and the weights' sha256."""
+        return self.order(commit={"repo": "org/model", "seed": seed, **more})
+
+
+class Model:
+    """A ModelCache in a namespace."""
+
+    def __init__(self, kubectl: Kubectl, hub: Hub, name: str = "bert", **spec: Any) -> None:
+        self.kubectl = kubectl
+        self.name = name
+        self.spec = {"repoId": "org/model", "endpoint": hub.url} | spec
+        self.apply()
+
+    def apply(self, **changes: Any) -> None:
+        """kubectl apply, with fields changed."""
+        self.spec |= changes
+        body = {"apiVersion": "modelcache.io/v1alpha1", "kind": "ModelCache", "metadata": {"name": self.name}}
+        self.kubectl.apply({**body, "spec": {k: v for k, v in self.spec.items() if v is not None}})
+
+    def wait(self, condition: str = "UpToDate", seconds: int = 180) -> Resource:
+        """`kubectl wait`, as a user does it."""
+        self.kubectl(
+            "wait",
+            f"--for=condition={condition}",
+            f"{MODELS}/{self.name}",
+            f"--timeout={seconds}s",
+            timeout=seconds + 10,
+        )
+        return self.get()
+
+    def get(self) -> Resource:
+        """The object."""
+        found = self.kubectl.get(MODELS, self.name)
+        assert found is not None
+        return found
+
+    def wait_for_reason(self, condition: str, reason: str, seconds: float = 120) -> Resource:
+        """Wait until a condition of the present generation has this reason."""
+
+        def holds(cr: Resource) -> bool:
+            return any(
+                c["type"] == condition
+                and c["reason"] == reason
+                and c.get("observedGeneration") == cr["metadata"]["generation"]
+                for c in cr.get("status", {}).get("conditions", [])
+            )
+
+        return self.kubectl.wait_for(MODELS, self.name, holds, seconds=seconds)
+
+
+def reader(image: str, name: str, script: str, *arguments: str) -> Resource:
+    """A pod that runs a Python script of the client's side."""
+    spec = pod_spec(container(image, "python3", "-c", script, *arguments))
+    spec["volumes"] = [{"name": "tmp", "emptyDir": {}}]
+    spec["containers"][0]["volumeMounts"] = [{"name": "tmp", "mountPath": "/tmp"}]
+    return pod(name, spec)
