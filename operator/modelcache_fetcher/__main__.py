@@ -25,6 +25,7 @@ from modelcache_fetcher.fetch import FetchOptions, make_plan, run_fetch
 from modelcache_fetcher.progress import Progress
 from modelcache_fetcher.progress_server import ProgressServer
 from modelcache_fetcher.termination import failure_message, plan_message, result_message
+from modelcache_fetcher.trust import trust_authorities
 
 _LOG = logging.getLogger("modelcache_fetcher")
 
@@ -40,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     progress = Progress()
     try:
+        trust_authorities()
         spec = _read_spec(options.spec)
         fetch_options = FetchOptions(secrets_dir=options.secrets, lock_wait=getattr(options, "lock_wait", 0.0))
         if options.command == "plan":

@@ -326,7 +326,7 @@ def _plan(spec: ModelCacheSpec, source: Source, limits: Limits, deadline: float 
         attempt += 1
         wait = failure.retry_after if failure.retry_after is not None else backoff_seconds(limits, attempt)
         late = deadline is not None and time.monotonic() + wait > deadline
-        if attempt >= limits.attempts or late or wait > limits.rate_limit_wait:
+        if attempt >= limits.plan_attempts or late or wait > limits.rate_limit_wait:
             raise failure
         time.sleep(wait)
         source.renew()

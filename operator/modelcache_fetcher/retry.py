@@ -16,6 +16,7 @@ class Limits:
 
     Attributes:
         attempts: Requests in a row for one range that may fail without bringing a byte.
+        plan_attempts: Listings in a row that may fail.
         backoff: Seconds to wait after the first failure; doubles up to ``backoff_cap``, with jitter.
         backoff_cap: Seconds.
         connect_timeout: Seconds to connect, TLS included.
@@ -26,6 +27,7 @@ class Limits:
     """
 
     attempts: int = 8
+    plan_attempts: int = 4
     backoff: float = 0.5
     backoff_cap: float = 30.0
     connect_timeout: float = 15.0

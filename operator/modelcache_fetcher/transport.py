@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from typing import Protocol
 from urllib.parse import SplitResult, unquote, urljoin, urlsplit
 
-from modelcache_fetcher.errors import SourceChangedError
+from modelcache_api.reasons import Reason
+from modelcache_fetcher.errors import FetchError, SourceChangedError
 from modelcache_fetcher.sources import LocalLocation
 
 MAX_REDIRECTS = 10
@@ -159,6 +160,7 @@ class HttpTransport:
 
         Raises:
             TransportError: There is no answer.
+            FetchError: A redirect would give up encryption.
         """
         origin = _origin(url)
         for _ in range(MAX_REDIRECTS):
@@ -173,7 +175,10 @@ class HttpTransport:
             if urlsplit(target).scheme not in {"http", "https"}:
                 raise TransportError("the answer redirects to something that is no http(s) address")
             if urlsplit(url).scheme == "https" and urlsplit(target).scheme == "http":
-                raise TransportError(f"{host_of(url)} redirects from https to unprotected http at {host_of(target)}")
+                text = (
+                    f"{host_of(url)} redirects from https to unprotected http at {host_of(target)}, which is refused."
+                )
+                raise FetchError(Reason.INVALID_SOURCE, text)
             url = target
         raise TransportError(f"{host_of(url)} redirects more than {MAX_REDIRECTS} times")
 

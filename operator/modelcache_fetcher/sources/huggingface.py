@@ -35,6 +35,10 @@ _API_TIMEOUT = 30.0
 """Seconds without an answer after which a call of the hub's API fails; huggingface_hub itself would wait for ever."""
 
 
+# Telemetry would ask huggingface.co which agents there are, also from clusters that may reach another hub only.
+constants.HF_HUB_DISABLE_TELEMETRY = True
+
+
 class HuggingFaceSource:
     """A model repo on a hub."""
 
