@@ -19,9 +19,11 @@ class Pods:
 
     Args:
         timeout: Seconds for one question; the cluster's network may drop it silently.
+        port: Where pods answer.
     """
 
-    def __init__(self, timeout: float = 1.0) -> None:
+    def __init__(self, timeout: float = 1.0, port: int = STATUS_PORT) -> None:
+        self._port = port
         self._timeout = aiohttp.ClientTimeout(total=timeout)
         self._session: aiohttp.ClientSession | None = None
 
@@ -50,7 +52,7 @@ class Pods:
         if self._session is None:
             self._session = aiohttp.ClientSession(timeout=self._timeout)
         try:
-            async with self._session.get(f"http://{host}:{STATUS_PORT}{path}", allow_redirects=False) as response:
+            async with self._session.get(f"http://{host}:{self._port}{path}", allow_redirects=False) as response:
                 body = await response.content.read(LONGEST_ANSWER_BYTES)
                 decoded = json.loads(body) if response.status == 200 else None
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError):

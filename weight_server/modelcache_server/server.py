@@ -87,7 +87,10 @@ class Server:
             tls=self._certificates.context if self._certificates else None,
         )
         self._status = HttpServer(
-            StatusRoutes(self._unready, self._metrics.render), lane="status", limits=settings.http, observe=_unobserved
+            StatusRoutes(self._unready, self._metrics.render, self._announced_digest),
+            lane="status",
+            limits=settings.http,
+            observe=_unobserved,
         )
         self._service: WeightsService | None = None
         self._started = False
@@ -158,6 +161,10 @@ class Server:
         if self._stopping:
             return "stopping"
         return "" if self._watch.announced.is_set() else self._watch.problem
+
+    def _announced_digest(self) -> str:
+        announced = self._catalog.announced
+        return announced.snapshot.digest if announced is not None else ""
 
     def _tell_health(self) -> None:
         if not self._stopping:

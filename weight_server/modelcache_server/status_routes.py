@@ -1,5 +1,6 @@
-"""/healthz, /readyz and /metrics, for kubelets and Prometheus; never behind tokens."""
+"""/healthz, /readyz, /metrics and /active, for kubelets, Prometheus and the operator; never behind tokens."""
 
+import json
 from collections.abc import Callable
 
 from modelcache_server.http_connection import Reply
@@ -14,11 +15,15 @@ class StatusRoutes:
     Args:
         unready: why the server is not ready, as a sentence; empty when it is.
         metrics: (Content-Type, body) of the metrics.
+        announced: digest of the snapshot that clients are told is active; empty while there is none.
     """
 
-    def __init__(self, unready: Callable[[], str], metrics: Callable[[], tuple[str, bytes]]) -> None:
+    def __init__(
+        self, unready: Callable[[], str], metrics: Callable[[], tuple[str, bytes]], announced: Callable[[], str]
+    ) -> None:
         self._unready = unready
         self._metrics = metrics
+        self._announced = announced
 
     def __call__(self, request: Request, client: str) -> Reply:
         """Answer a request."""
@@ -33,4 +38,7 @@ class StatusRoutes:
         if request.path == "/metrics":
             kind, body = self._metrics()
             return Reply(200, (("Content-Type", kind), ("Cache-Control", "no-store")), body)
-        return Reply(404, _TEXT, b"try /healthz, /readyz or /metrics\n", "NOT_FOUND")
+        if request.path == "/active":
+            body = json.dumps({"digest": self._announced()}).encode()
+            return Reply(200, (("Content-Type", "application/json"), ("Cache-Control", "no-store")), body)
+        return Reply(404, _TEXT, b"try /healthz, /readyz, /metrics or /active\n", "NOT_FOUND")
