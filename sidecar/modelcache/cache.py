@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from modelcache.errors import ModelCacheError, Unavailable
 from modelcache.loader import Load
+from modelcache.volume_lane import VolumeSource
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -166,6 +167,13 @@ class ComponentCache:
             for name in list(self._loads):
                 self._drop(name)
 
+    def keeps_all(self) -> bool:
+        """Whether no block is ever evicted."""
+        layers, nbytes = self.policy.max_layers, self.policy.max_bytes
+        return (layers is None or layers >= len(self.blocks)) and (
+            nbytes is None or nbytes >= sum(self.policy.sizes.values())
+        )
+
     def held_bytes(self) -> int:
         """Memory of components that are here or on their way."""
         with self._lock:
@@ -216,6 +224,8 @@ class ComponentCache:
             self._loader.drop(load)
         self.statistics.wire_bytes += load.wire_bytes
         load.tensors = []
+        if load.mapped and isinstance(self._source, VolumeSource):
+            self._source.forget(load.stored())
 
     def _finish(self, name: str, load: Load) -> None:
         """Waits for a load and binds it; a prefetch that had failed before it was needed is tried once more."""

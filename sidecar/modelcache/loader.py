@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,8 +14,11 @@ from modelcache.dtypes import torch_dtype
 from modelcache.errors import Cancelled
 from modelcache.reader import read_run
 from modelcache.sketch import Leaf, evaluate
+from modelcache.volume_lane import VolumeSource
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from modelcache.architecture import Component
     from modelcache.buffers import Lease, SlabPool
     from modelcache.plan import Layout, Run, Stored
@@ -60,6 +63,9 @@ class Load:
         self.wire_bytes = 0
         self._runs = [(run, index) for index, layout in enumerate(layouts) for run in layout.runs]
         self.empty = not self._runs
+        self.mapped = isinstance(source, VolumeSource) and not layouts[0].fused and not layouts[1].runs
+        if self.mapped:
+            self._runs = self._runs[:1]
         self._left = max(1, len(self._runs))
         self._lock = threading.Lock()
         self._leases: list[Lease | None] = []
@@ -79,6 +85,16 @@ class Load:
         if lease is None:
             raise Cancelled("The layer is not needed any more.")
         return lease.view()
+
+    def map(self) -> int:
+        """Checks the tensors in the mapped files of a volume, and returns their bytes."""
+        if not isinstance(self.source, VolumeSource):
+            raise TypeError(f"{self.name} is not on a volume of this machine.")
+        return self.source.check(self.stored())
+
+    def stored(self) -> list[Stored]:
+        """The checkpoint tensors that the parameters look at directly."""
+        return list({piece.tensor.place: piece.tensor for run in self.layouts[0].runs for piece in run.pieces}.values())
 
     def finish_run(self, received: int) -> bool:
         """Counts one run as done; True when it was the last."""
@@ -103,7 +119,14 @@ class Load:
 
     def _assemble(self, component: Component) -> None:
         main, scratch = self._leases or (None, None)
-        self.tensors = assemble(component, main, scratch)
+        if isinstance(self.source, VolumeSource) and self.mapped:
+            source = self.source
+            self.tensors = assemble(component, lambda stored: (source.map(stored.path), stored.offset), None, None)
+        else:
+            offsets = self.layouts[0].offsets
+            self.tensors = assemble(
+                component, lambda stored: (main.array if main else None, offsets.get(stored.place, 0)), main, scratch
+            )
         self._leases = []
 
     def fail(self, error: BaseException) -> None:
@@ -200,7 +223,9 @@ class Loader:
     def _read(self, load: Load, run: Run | None, index: int) -> None:
         try:
             received = 0
-            if run is not None:
+            if load.mapped:
+                received = load.map()
+            elif run is not None:
                 memory = load.memory(index, self.pool, self.cancellation)
                 if load.deadline is not None:
                     received = read_run(load.source, run, memory, load.deadline)
@@ -210,11 +235,17 @@ class Loader:
             load.fail(error)
 
 
-def assemble(component: Component, main: Lease | None, scratch: Lease | None) -> list[torch.Tensor]:
+def assemble(
+    component: Component,
+    locate: Callable[[Stored], tuple[Any, int]],
+    main: Lease | None,
+    scratch: Lease | None,
+) -> list[torch.Tensor]:
     """Makes a component's tensors over the memory that was filled.
 
     Args:
         component: with its bindings and layouts.
+        locate: gives the memory and the offset in it of a tensor that a parameter looks at directly.
         main: the slab of the component's layout; None: nothing lies in it.
         scratch: the slab of what is converted; None: nothing is.
 
@@ -224,13 +255,12 @@ def assemble(component: Component, main: Lease | None, scratch: Lease | None) ->
     made: list[torch.Tensor] = []
 
     def converted(stored: Stored) -> torch.Tensor:
-        return tensor_at(stored, component.scratch.offsets.get(stored.place, 0), scratch)
+        return tensor_at(stored, scratch.array if scratch else None, component.scratch.offsets.get(stored.place, 0))
 
     for binding in component.bindings:
         meta = binding.meta
         if isinstance(binding.expression, Leaf):
-            stored = binding.expression.stored
-            tensor = tensor_at(stored, component.layout.offsets.get(stored.place, 0), main)
+            tensor = tensor_at(binding.expression.stored, *locate(binding.expression.stored))
         elif binding.fusion is not None and main is not None:
             start = component.layout.fused[binding.fusion]
             flat = torch.frombuffer(main.array, dtype=meta.dtype, count=meta.numel(), offset=start)
@@ -241,12 +271,12 @@ def assemble(component: Component, main: Lease | None, scratch: Lease | None) ->
     return made
 
 
-def tensor_at(stored: Stored, offset: int, lease: Lease | None) -> torch.Tensor:
-    """A tensor over the bytes of ``stored`` that lie at ``offset`` of a slab."""
+def tensor_at(stored: Stored, memory: Any, offset: int) -> torch.Tensor:
+    """A tensor over the bytes of ``stored`` that lie at ``offset`` of a buffer."""
     dtype = torch_dtype(stored)
-    if not stored.length or lease is None:
+    if not stored.length or memory is None:
         return torch.empty(stored.shape, dtype=dtype)
-    flat = torch.frombuffer(lease.array, dtype=dtype, count=stored.length // dtype.itemsize, offset=offset)
+    flat = torch.frombuffer(memory, dtype=dtype, count=stored.length // dtype.itemsize, offset=offset)
     if stored.strides is None:
         return flat.view(stored.shape)
     return flat.as_strided(stored.shape, stored.strides)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
+import os
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any, Self
@@ -21,6 +23,7 @@ from modelcache.loader import Load, Loader
 from modelcache.plan import guess_components, lay_out, select_tensors
 from modelcache.pretrained import load_pretrained
 from modelcache.process import pool
+from modelcache.volume_lane import VolumeSource, local_volume
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -30,21 +33,32 @@ if TYPE_CHECKING:
 
     from modelcache.connection import PinnedSnapshot
     from modelcache.plan import Stored
+    from modelcache.reader import Source
 
 __all__ = ["StreamingModel"]
+
+logger = logging.getLogger("modelcache")
 
 
 class _Session:
     """One snapshot of a model: its modules, its layer cache, its lease."""
 
-    def __init__(self, snapshot: PinnedSnapshot, architecture: Architecture, cache: ComponentCache) -> None:
+    def __init__(
+        self, snapshot: PinnedSnapshot, source: Source, architecture: Architecture, cache: ComponentCache
+    ) -> None:
         self.snapshot = snapshot
+        self.source = source
         self.architecture = architecture
         self.cache = cache
         self.keeper = LeaseKeeper(snapshot)
         self._lock = threading.Lock()
         self._calls = 0
         self._closing = False
+
+    @property
+    def lane(self) -> str:
+        """Where weights come from: "volume", "http" or "grpc"; "none" before the first was read."""
+        return "volume" if isinstance(self.source, VolumeSource) else self.snapshot.connection.lane
 
     def enter(self) -> None:
         with self._lock:
@@ -135,6 +149,8 @@ class StreamingModel:
         self._model_args = model_args
         self._seconds = 0.0
         self._inferences = 0
+        self._bytes_per_token = 0.0
+        self._warned = False
         self._statistics_lock = threading.Lock()
         self._session = self._open(connect(model_name, address=address, wait_timeout=wait_timeout))
         self._finalizer = weakref.finalize(self, self._session.close)
@@ -204,6 +220,29 @@ class StreamingModel:
         self._session.cache.policy.ahead = ahead if enable_prefetch else 0
         return await asyncio.to_thread(self, *args, **kwargs)
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generates tokens as the transformers model does; each token runs, and so may stream, the whole model.
+
+        ``get_inference_stats()["bytes_per_token"]`` says afterwards what a token costs.
+        """
+        cache = self._session.cache
+        if not self._warned and not cache.keeps_all():
+            self._warned = True
+            streamed = sum(component.nbytes for component in cache.blocks.values()) / 2**20
+            logger.warning(
+                "%s keeps %s of %d layers, so each token of generate() streams up to %.0f MiB of them again; "
+                "cache_size=None keeps all.",
+                self.model_name or "The model",
+                "some" if self._max_layers is None else self._max_layers,
+                len(cache.blocks),
+                streamed,
+            )
+        before, calls = cache.wire_bytes(), self._inferences
+        result = self._run(lambda model: model.generate(*args, **kwargs))  # type: ignore[operator]
+        tokens = max(1, self._inferences - calls)
+        self._bytes_per_token = (cache.wire_bytes() - before) / tokens
+        return result
+
     async def warmup(self, layer_indices: Sequence[int] | None = None) -> None:
         """Loads layers ahead of the first pass.
 
@@ -227,7 +266,7 @@ class StreamingModel:
         Returns:
             total_inferences, avg_inference_time (seconds), cache_hit_rate (hits by all uses of layers, 0 to 1),
             cache_hits, prefetch_hits, cache_misses, wait_time (seconds that passes waited for layers), bytes_received,
-            lane ("http", "grpc", "volume").
+            bytes_per_token (of the last generate()), lane ("http", "grpc", "volume").
         """
         counts = self._session.cache.statistics
         uses = counts.hits + counts.prefetched + counts.misses
@@ -242,8 +281,9 @@ class StreamingModel:
             "prefetch_hits": counts.prefetched,
             "cache_misses": counts.misses,
             "wait_time": counts.waited_seconds,
+            "bytes_per_token": self._bytes_per_token,
             "bytes_received": self._session.cache.wire_bytes(),
-            "lane": self._session.snapshot.connection.lane,
+            "lane": self._session.lane,
         }
 
     def get_cache_info(self) -> dict[str, Any]:
@@ -364,13 +404,14 @@ class StreamingModel:
         tensors = select_tensors(snapshot.manifest, **self._where)
         loader = Loader(pool, name=f"modelcache-{self.model_name}")
         try:
-            begun = self._read_ahead(snapshot, tensors, loader)
-            return self._construct(snapshot, tensors, loader, begun)
+            source = local_volume(snapshot, os.environ) or snapshot
+            begun = self._read_ahead(source, tensors, loader)
+            return self._construct(snapshot, source, tensors, loader, begun)
         except BaseException:
             loader.close()
             raise
 
-    def _read_ahead(self, snapshot: PinnedSnapshot, tensors: list[Stored], loader: Loader) -> list[Load]:
+    def _read_ahead(self, source: Source, tensors: list[Stored], loader: Loader) -> list[Load]:
         """Starts to read what is probably needed first, while transformers still builds the model."""
         if self._max_bytes is not None:
             return []
@@ -381,12 +422,12 @@ class StreamingModel:
             slots -= is_block
             if slots < 0:
                 break
-            loads.append(Load(name, (lay_out(members), lay_out(())), snapshot, self._timeout))
+            loads.append(Load(name, (lay_out(members), lay_out(())), source, self._timeout))
             loader.submit(loads[-1])
         return loads
 
     def _construct(
-        self, snapshot: PinnedSnapshot, tensors: list[Stored], loader: Loader, begun: list[Load]
+        self, snapshot: PinnedSnapshot, source: Source, tensors: list[Stored], loader: Loader, begun: list[Load]
     ) -> _Session:
         pretrained = load_pretrained(
             snapshot, self._auto_class, self._model_args, subfolder=self._where["subfolder"], timeout=self._timeout
@@ -407,13 +448,13 @@ class StreamingModel:
             max_bytes=self._max_bytes,
             ahead=self._ahead,
         )
-        cache = ComponentCache(architecture.blocks, architecture.resident, policy, loader, snapshot, self._timeout)
+        cache = ComponentCache(architecture.blocks, architecture.resident, policy, loader, source, self._timeout)
         for component in architecture.blocks:
             stream_block(component, cache)
         time_calls(model, weakref.WeakMethod(self._note_inference), cache)
         guard(model, cache)
         cache.start(begun)
-        return _Session(snapshot, architecture, cache)
+        return _Session(snapshot, source, architecture, cache)
 
 
 def _check_limits(cache_size: int | None, cache_bytes: int | None, prefetch_count: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from modelcache.plan import lay_out, select_tensors
 from modelcache.pretrained import load_pretrained
 from modelcache.process import pool
 from modelcache.sketch import Leaf
+from modelcache.volume_lane import local_volume
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -109,10 +111,11 @@ def from_pretrained(
 def _load(
     pinned: PinnedSnapshot, tensors: list[Stored], name: str, *, progress: bool | None, timeout: float
 ) -> dict[str, torch.Tensor]:
+    source = local_volume(pinned, os.environ) or pinned
     components = [_component(index, chunk) for index, chunk in enumerate(_chunks(tensors))]
     loader = Loader(pool, name=f"modelcache-load-{name}")
     loads = [
-        Load(component.name, (component.layout, component.scratch), pinned, timeout, component)
+        Load(component.name, (component.layout, component.scratch), source, timeout, component)
         for component in components
     ]
     found: dict[str, torch.Tensor] = {}

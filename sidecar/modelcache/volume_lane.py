@@ -1,0 +1,146 @@
+"""A volume that this process can read itself is used in place of the wire, verified all the same.
+
+Weights are mapped, as safetensors maps a file; what has to be put together (merged experts) is read into memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from crc32c import crc32c
+
+from modelcache.errors import IntegrityError
+from modelcache.lane import CorruptAtServer, LaneBroken
+from modelcache_volume import Volume, VolumeError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from modelcache.connection import PinnedSnapshot
+    from modelcache.deadline import Deadline
+    from modelcache.plan import Stored
+    from modelcache_volume import Snapshot
+
+__all__ = ["VOLUME_VARIABLE", "VolumeSource", "local_volume"]
+
+logger = logging.getLogger("modelcache")
+
+VOLUME_VARIABLE: Final = "MODELCACHE_VOLUME"
+
+
+def local_volume(snapshot: PinnedSnapshot, environ: Mapping[str, str]) -> VolumeSource | None:
+    """The snapshot on a volume that this process can read; None: there is none, and the wire is used.
+
+    Args:
+        snapshot: what is wanted; its server says where its volume is, which may be a folder of this machine too.
+        environ: MODELCACHE_VOLUME names the folder where a volume is mounted; ``off`` has the wire used in any case.
+    """
+    given = environ.get(VOLUME_VARIABLE, "")
+    root = given or snapshot.volume_path
+    if not root or given == "off":
+        return None
+    try:
+        return VolumeSource(Volume.open(Path(root)).snapshot(snapshot.digest))
+    except (VolumeError, OSError) as error:
+        if given:
+            logger.warning("The volume at %s is not used, the wire is: %s", root, error)
+        return None
+
+
+class VolumeSource:
+    """A snapshot on a volume of this machine. Its methods may be called from any thread.
+
+    Args:
+        snapshot: opened and of the digest that is wanted.
+    """
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+        self._lock = threading.Lock()
+        self._maps: dict[str, mmap.mmap] = {}
+
+    def open(self, path: str, offset: int, length: int, deadline: Deadline) -> VolumeStream:
+        """Starts to read a range of a file."""
+        deadline.remaining()
+        try:
+            return VolumeStream(self._snapshot.open_blob(self._snapshot.file(path)), offset, length, path)
+        except VolumeError as error:
+            raise CorruptAtServer(str(error)) from error
+
+    def blame(self, error: LaneBroken) -> None:
+        """There is no other place to read from."""
+
+    def map(self, path: str) -> mmap.mmap:
+        """A file's bytes, in private pages that are shared with the page cache until they are written to."""
+        with self._lock:
+            if path not in self._maps:
+                file = self._snapshot.file(path)
+                try:
+                    descriptor = self._snapshot.open_blob(file)
+                except VolumeError as error:
+                    raise IntegrityError(str(error), path=path) from error
+                try:
+                    self._maps[path] = mmap.mmap(descriptor, file.size, access=mmap.ACCESS_COPY)
+                finally:
+                    os.close(descriptor)
+            return self._maps[path]
+
+    def check(self, tensors: Iterable[Stored]) -> int:
+        """Compares mapped tensors with their checksums and returns their bytes.
+
+        Raises:
+            IntegrityError: one differs from what was published.
+        """
+        total = 0
+        for tensor in tensors:
+            with memoryview(self.map(tensor.path)) as view, view[tensor.offset : tensor.offset + tensor.length] as data:
+                if crc32c(data) != tensor.crc[-1]:
+                    raise IntegrityError(
+                        f"Tensor {tensor.name!r} of {tensor.path} differs from what was published: the volume is "
+                        "damaged. Run `modelcache verify` on it, then fetch again.",
+                        path=tensor.path,
+                        tensor=tensor.name,
+                    )
+            total += tensor.length
+        return total
+
+    def forget(self, tensors: Iterable[Stored]) -> None:
+        """Gives the pages of tensors back to the system; who still looks at them reads them again from the file."""
+        for tensor in tensors:
+            begin = -(-tensor.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+            length = (tensor.offset + tensor.length - begin) // mmap.PAGESIZE * mmap.PAGESIZE
+            if length > 0:
+                self.map(tensor.path).madvise(mmap.MADV_DONTNEED, begin, length)
+
+
+class VolumeStream:
+    """Consecutive bytes of a blob."""
+
+    def __init__(self, descriptor: int, offset: int, length: int, path: str) -> None:
+        self._descriptor = descriptor
+        self._offset = offset
+        self._left = length
+        self._path = path
+
+    def read_into(self, view: memoryview) -> int:
+        """Reads up to ``len(view)`` bytes, at least one."""
+        count = os.preadv(self._descriptor, [view[: self._left]], self._offset)
+        if count == 0:
+            raise CorruptAtServer(f"{self._path} on the volume is shorter than it was published.")
+        self._offset += count
+        self._left -= count
+        return count
+
+    def close(self) -> None:
+        """Closes the file."""
+        os.close(self._descriptor)
+
+    discard = close
+
+    def abort(self) -> None:
+        """Nothing waits here."""

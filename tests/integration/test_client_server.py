@@ -1,0 +1,209 @@
+"""The client against the real weight server and a really fetched volume."""
+
+import random
+import signal
+import socket
+import threading
+import time
+
+import pytest
+import torch
+from transformers import BertModel
+
+import modelcache
+from modelcache import IntegrityError, StreamingBertModel
+from modelcache_volume import Volume
+from support.models import BASE, TINY, BertFiles, cached_bert, minilm, save_bert
+from support.server_volume import flip_bit
+from support.serving import ServerProcess, fetch_folder
+
+MEDIUM = {**TINY, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6}
+IDS = torch.randint(0, 96, (1, 16), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def over_the_wire(monkeypatch):
+    """The volume is on this machine, and would be used directly."""
+    monkeypatch.setenv("MODELCACHE_VOLUME", "off")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_bert(tmp_path / "model", BertFiles(config=MEDIUM, data_offset=24))
+
+
+@pytest.fixture
+def volume(tmp_path, folder):
+    fetch_folder(folder, tmp_path / "volume", "bert")
+    return tmp_path / "volume"
+
+
+def outputs(model, ids=IDS):
+    with torch.no_grad():
+        found = model(ids)
+    return found.last_hidden_state, found.pooler_output
+
+
+def same(model, folder, ids=IDS):
+    wanted = outputs(BertModel.from_pretrained(folder), ids)
+    return all(torch.equal(left, right) for left, right in zip(outputs(model, ids), wanted, strict=True))
+
+
+def free_ports(count):
+    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def start(volume, ports):
+    grpc_port, http_port = ports
+    return ServerProcess.module(
+        "modelcache_server",
+        volume,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(grpc_port),
+        "--http-port",
+        str(http_port),
+        "--status-port",
+        "0",
+    )
+
+
+@pytest.mark.usefixtures("over_the_wire")
+def test_bert_base_is_equal_over_http(tmp_path):
+    folder = cached_bert(BertFiles(config=BASE, data_offset=24))
+    fetch_folder(folder, tmp_path / "volume", "bert")
+    ids = torch.arange(1000, 1024).view(1, 24)
+    wanted = outputs(BertModel.from_pretrained(folder), ids)
+    with ServerProcess.over(tmp_path / "volume") as server:
+        for cache_size in (1, 3, None):
+            with StreamingBertModel("bert", cache_size, address=server.address) as model:
+                for _ in range(2):
+                    assert all(torch.equal(*each) for each in zip(outputs(model, ids), wanted, strict=True))
+                assert model.get_inference_stats()["lane"] == "http"
+
+
+@pytest.mark.usefixtures("over_the_wire")
+def test_minilm_is_equal_and_its_tokenizer_comes_along(tmp_path):
+    fetch_folder(minilm(), tmp_path / "volume", "minilm")
+    with ServerProcess.over(tmp_path / "volume") as server:
+        files = modelcache.snapshot(
+            "minilm", ignore_patterns="*.safetensors", address=server.address, local_dir=tmp_path / "f"
+        )
+        assert (files / "tokenizer.json").read_bytes() == (minilm() / "tokenizer.json").read_bytes()
+        with StreamingBertModel("minilm", address=server.address) as model:
+            assert same(model, minilm(), torch.arange(2000, 2032).view(2, 16))
+
+
+def test_a_volume_of_this_machine_is_used_instead_of_the_wire(volume, folder):
+    with ServerProcess.over(volume) as server:
+        for cache_size in (1, None):
+            with StreamingBertModel("bert", cache_size, address=server.address) as model:
+                assert same(model, folder)
+                assert same(model, folder)
+                assert model.get_inference_stats()["lane"] == "volume"
+        state = modelcache.load_state_dict("bert", address=server.address)
+        plain = BertModel.from_pretrained(folder).state_dict()
+        assert all(torch.equal(state[name], value) for name, value in plain.items())
+
+
+def test_a_mounted_volume_is_named_by_the_environment(volume, folder, tmp_path, monkeypatch):
+    elsewhere = tmp_path / "mounted"
+    elsewhere.symlink_to(volume)
+    monkeypatch.setenv("MODELCACHE_VOLUME", str(elsewhere))
+    with ServerProcess.over(volume) as server, StreamingBertModel("bert", address=server.address) as model:
+        assert same(model, folder)
+        assert model.get_inference_stats()["lane"] == "volume"
+
+
+def test_a_damaged_volume_is_found_before_a_wrong_number_is_computed(volume):
+    with ServerProcess.over(volume) as server:
+        snapshot = Volume.open(volume).snapshots()[0]
+        tensor = next(each for each in snapshot.manifest.tensors if "layer.3.output.dense.weight" in each.name)
+        flip_bit(snapshot.blob_path(snapshot.manifest.files[tensor.file]), tensor.offset + 17)
+        with StreamingBertModel("bert", address=server.address) as model, pytest.raises(IntegrityError) as caught:
+            model(IDS)
+    assert caught.value.tensor == tensor.name
+
+
+@pytest.mark.usefixtures("over_the_wire")
+def test_a_bit_that_flips_on_the_servers_disk_never_reaches_a_result(volume):
+    snapshot = Volume.open(volume).snapshots()[0]
+    tensor = next(each for each in snapshot.manifest.tensors if "layer.3.output.dense.weight" in each.name)
+    flip_bit(snapshot.blob_path(snapshot.manifest.files[tensor.file]), tensor.offset + 17)
+    with ServerProcess.over(volume) as server, StreamingBertModel("bert", address=server.address) as model:
+        for _ in range(2):
+            with pytest.raises(IntegrityError):
+                model(IDS)
+
+
+@pytest.mark.usefixtures("over_the_wire")
+def test_a_server_killed_in_the_middle_is_resumed_when_it_is_back(volume, folder):
+    ports = free_ports(2)
+    with start(volume, ports) as server:
+        model = StreamingBertModel("bert", 1, address=f"127.0.0.1:{ports[0]}", timeout=60)
+        assert same(model, folder)
+        server.process.send_signal(signal.SIGKILL)
+        server.process.wait()
+    results = []
+    running = threading.Thread(target=lambda: results.append(same(model, folder)))
+    running.start()
+    with start(volume, ports):
+        running.join()
+        model.cleanup()
+    assert results == [True]
+
+
+@pytest.mark.usefixtures("over_the_wire")
+def test_a_pinned_model_keeps_reading_its_own_digest_over_two_changes(volume, folder, tmp_path):
+    with ServerProcess.over(volume) as server, StreamingBertModel("bert", 1, address=server.address) as model:
+        assert same(model, folder)
+        model._session.keeper.renew()
+        for seed in (1, 2):
+            newer = save_bert(tmp_path / f"newer{seed}", BertFiles(config=MEDIUM, seed=seed))
+            fetch_folder(newer, volume, "bert")
+            assert same(model, folder)
+        model._session.keeper.renew()
+        assert model.digest in Volume.open(volume).leased()
+        deadline = time.monotonic() + 20
+        while not model.refresh():
+            assert time.monotonic() < deadline
+        assert same(model, newer)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("over_the_wire")
+def test_200_passes_under_random_kills_of_two_replicas_are_all_equal(volume, folder):
+    ports = [free_ports(2) for _ in range(2)]
+    servers = [start(volume, each).__enter__() for each in ports]
+    wanted = outputs(BertModel.from_pretrained(folder))
+    stop = threading.Event()
+    chance = random.Random(0)
+
+    def kill_and_restart():
+        while not stop.wait(chance.uniform(0.05, 0.3)):
+            index = chance.randrange(2)
+            servers[index].kill()
+            servers[index] = start(volume, ports[index]).__enter__()
+
+    killer = threading.Thread(target=kill_and_restart)
+    killer.start()
+    longest = 0.0
+    try:
+        with StreamingBertModel(
+            "bert", 1, address=",".join(f"127.0.0.1:{each[0]}" for each in ports), timeout=60
+        ) as model:
+            for _ in range(200):
+                started = time.monotonic()
+                assert all(torch.equal(left, right) for left, right in zip(outputs(model), wanted, strict=True))
+                longest = max(longest, time.monotonic() - started)
+    finally:
+        stop.set()
+        killer.join()
+        for server in servers:
+            server.kill()
+    assert longest < 60
