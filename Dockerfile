@@ -11,8 +11,6 @@ ENV PATH=/opt/modelcache/bin:$PATH
 
 # --- What the packages depend on: a layer that changes only with pyproject.toml and constraints.txt
 FROM python AS requirements
-ARG PIP_FIND_LINKS
-ARG PIP_INDEX_URL
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /src
 COPY pyproject.toml constraints.txt ./
@@ -22,14 +20,21 @@ RUN python3 -c "import sys, tomllib; project = tomllib.load(open('pyproject.toml
      for name, wanted in (argument.split('=') for argument in sys.argv[1:])]" \
     runtime=server,fetch,operator client=torch
 
+# (each stage names the arguments it uses: not every builder hands them on)
 FROM requirements AS runtime-requirements
+ARG PIP_FIND_LINKS
+ARG PIP_INDEX_URL
 RUN pip install --constraint constraints.txt --requirement runtime.txt && pip uninstall --yes pip setuptools
 
 FROM requirements AS client-requirements
+ARG PIP_FIND_LINKS
+ARG PIP_INDEX_URL
 RUN pip install --constraint constraints.txt --requirement client.txt && pip uninstall --yes pip setuptools
 
 # --- The packages themselves: a small layer, laid over the other
 FROM requirements AS package
+ARG PIP_FIND_LINKS
+ARG PIP_INDEX_URL
 COPY . .
 RUN pip install --no-deps --prefix /opt/modelcache --root /package .
 
