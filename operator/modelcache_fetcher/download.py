@@ -24,7 +24,7 @@ from modelcache_fetcher.plan import SourceFile
 from modelcache_fetcher.progress import Progress
 from modelcache_fetcher.requests import Requester, RetryError
 from modelcache_fetcher.retry import Limits, backoff_seconds
-from modelcache_fetcher.transfer import ContentReader, Received, Transfer
+from modelcache_fetcher.transfer import ContentReader, Received, Transfer, range_bytes
 from modelcache_fetcher.transport import Body, TransportError
 from modelcache_volume import BadWeights, space_errors
 
@@ -86,7 +86,8 @@ class Downloader:
         """
         # Large files first, so that the end is not one connection's.
         ordered = sorted(files, key=lambda each: (-each[0].size, each[0].path))
-        self._waiting.extend(Transfer(file, part) for file, part in ordered)
+        step = range_bytes(sum(file.size for file, _ in files), self._concurrency)
+        self._waiting.extend(Transfer(file, part, step) for file, part in ordered)
         self._unfinished = len(self._waiting)
         receivers = min(self._concurrency, max(1, self._unfinished * 64))
         workers = [threading.Thread(target=self._guard, args=(self._receive_ranges,)) for _ in range(receivers)]

@@ -24,8 +24,14 @@ from modelcache_volume import (
 if TYPE_CHECKING:
     from modelcache_fetcher.sources import Location
 
-RANGE_BYTES = 16 * 2**20
-"""What one request asks for, in bytes."""
+MAX_RANGE_BYTES = 16 * 2**20
+"""The most that one request asks for, in bytes."""
+_MIN_RANGE_BYTES = 2 * 2**20
+
+
+def range_bytes(total: int, concurrency: int) -> int:
+    """What one request asks for, in bytes: at least two ranges for each receiver, so that none ends up idle."""
+    return min(MAX_RANGE_BYTES, max(_MIN_RANGE_BYTES, total // (2 * concurrency)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +87,10 @@ class ContentReader:
 class Transfer:
     """The state of one file's download."""
 
-    def __init__(self, file: SourceFile, part: Path) -> None:
+    def __init__(self, file: SourceFile, part: Path, step: int) -> None:
         self.file = file
         self.part = part
+        self._step = step
         self.location: Location | None = None
         self.direct: Location | None = None
         """Where the location redirected to: asked instead until it is refused."""
@@ -156,7 +163,7 @@ class Transfer:
 
     def _plan_ranges(self) -> None:
         self.pending = [
-            (start, min(start + RANGE_BYTES, gap_end))
+            (start, min(start + self._step, gap_end))
             for gap_start, gap_end in self.pieces.gaps(self.file.size)
-            for start in range(gap_start, gap_end, RANGE_BYTES)
+            for start in range(gap_start, gap_end, self._step)
         ]
