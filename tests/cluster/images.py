@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.components import PAUSE_IMAGE
-from cluster.node import ClusterError
+from cluster.node import ClusterError, exclusive
 from cluster.programs import CONSIDERATELY, cache_root, cached, content_hash, kubernetes_programs
 
 REPOSITORY = Path(__file__).parents[2]
@@ -104,7 +104,12 @@ def product_image(target: str) -> Image:
             (context / name for name in names), *names, target, base if isinstance(base, str) else base.name
         )
         name = f"localhost/{TARGETS[target]}:{key}"
-        made = cached("images", f"{target}-{key}", lambda new: build(context, target, base, name, new / "image.tar"))
+
+        def make(new: Path) -> None:
+            with exclusive(cache_root() / ".buildah.lock"):  # one build at a time is slow enough
+                build(context, target, base, name, new / "image.tar")
+
+        made = cached("images", f"{target}-{key}", make)
     return Image(name, made / "image.tar")
 
 

@@ -102,7 +102,7 @@ class Node:
             raise ClusterError(
                 f"{self.state} is under /var, which a node has of its own; set XDG_STATE_HOME to another folder"
             )
-        with machine_lock():
+        with exclusive(state_root() / ".lock"):  # two clusters started at once get two numbers
             if self.state.exists():
                 self.stop()
             (self.state / "log").mkdir(parents=True)
@@ -228,12 +228,11 @@ def ended(pid: int) -> bool:
 
 
 @contextmanager
-def machine_lock() -> Iterator[None]:
-    """Held while a number is chosen, so that two clusters started at once get two."""
-    root = state_root()
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+def exclusive(lock: Path) -> Iterator[None]:
+    """One process at a time, by a lock on a file that is made when it is not there."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
         yield
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -11,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from cluster.node import ClusterError
+from cluster.node import ClusterError, exclusive
 
 KEPT = 3
 SOURCE = Path(__file__).with_name("kubernetes")
@@ -46,9 +45,7 @@ def cached(kind: str, key: str, make: Callable[[Path], None]) -> Path:
     if place.exists():
         return place
     name = key.rpartition("-")[0]
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with (place.parent / f".{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with exclusive(place.parent / f".{name}.lock"):
         if not place.exists():
             new = Path(tempfile.mkdtemp(dir=place.parent, prefix=".new-"))
             try:
