@@ -118,8 +118,10 @@ def _deploy(
 
 def _roll(observed: Observed, actions: Actions, wanted: Object, live: Object | None) -> None:
     """Apply the Deployment; a change that restarts pods waits for its turn: an upgrade moves a few at a time."""
-    if live is None or not is_changed(live, marked_object(wanted)):
+    if live is None:
         actions.ensure(wanted, live)
+        return
+    if not is_changed(live, marked_object(wanted)):
         return
     annotation = names.TEMPLATE_ANNOTATION
     restarts = (live["metadata"].get("annotations") or {}).get(annotation) != wanted["metadata"]["annotations"][
