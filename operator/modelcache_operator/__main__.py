@@ -125,10 +125,13 @@ async def _lead(
     stopping = asyncio.create_task(stop.wait())
     kopf_stop, kopf_ready = asyncio.Event(), asyncio.Event()
     kopf_settings = handlers.operator_settings()
+    kopf_identity: Any = settings.identity
     watching = asyncio.create_task(
         kopf.operator(
             registry=handlers.registry(controller.queue, kopf_settings),
             settings=kopf_settings,
+            # or kopf asks for the user's name, which a numeric user in a container has not
+            identity=kopf_identity,
             standalone=True,
             clusterwide=not settings.namespaces,
             namespaces=settings.namespaces,
