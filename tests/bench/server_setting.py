@@ -1,5 +1,6 @@
 """A large file of random bytes, served warm with tokens, access log and metrics on, and over TLS; and peers over it."""
 
+import http.client
 import json
 import re
 from dataclasses import asdict, dataclass
@@ -10,7 +11,7 @@ from bench.registry import Run
 from bench.worker import Worker
 from support.processes import Child
 from support.server_security import AUDIENCE, ISSUER, Issuer, write_certificate
-from support.server_volume import HOST, MIB, make_volume, random_bytes
+from support.server_volume import HOST, MIB, make_volume, random_bytes, wait_until
 
 NAME = "weights.bin"
 
@@ -47,12 +48,13 @@ class Served:
 
     def serve(self, *options: str, module: str = "modelcache_server") -> tuple[Child, dict[str, int]]:
         """Start the program, warm; it and its ports (grpc, http, status)."""
-        ports = ("--host", HOST, "--port", "0", "--http-port", "0", "--status-port", "0")
-        command = (*ports, "--log-format", "text", *self.options, *options)
+        anywhere = ("--host", HOST, "--port", "0", "--http-port", "0", "--status-port", "0")
+        command = (*anywhere, "--log-format", "text", *self.options, *options)
         server = self.run.closing.enter_context(Child.module(module, self.root, *command))
         found = server.wait_for(r"listening \S+ grpc=(\d+) http=(\d+) status=(\d+)")
-        server.wait_for("serving name=")
-        return server, dict(zip(("grpc", "http", "status"), map(int, found.groups()), strict=True))
+        ports = dict(zip(("grpc", "http", "status"), map(int, found.groups()), strict=True))
+        wait_until(lambda: _ready(ports["status"]), "the server does not become ready", 60)
+        return server, ports
 
     def certificate(self) -> tuple[Path, Path]:
         """A certificate for this machine, and its key."""
@@ -80,6 +82,15 @@ class Served:
             "server_pid": pid,
         }
         return self.run.closing.enter_context(Worker("read_ranges", json.dumps(task)))
+
+
+def _ready(port: int) -> bool:
+    connection = http.client.HTTPConnection(HOST, port, timeout=10)
+    try:
+        connection.request("GET", "/readyz")
+        return connection.getresponse().status == 200
+    finally:
+        connection.close()
 
 
 def peak_resident_mib(pid: int) -> float:

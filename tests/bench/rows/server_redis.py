@@ -22,8 +22,7 @@ def cold_replica(run: Run) -> dict[str, Pair]:
         server, ports = served.serve("--warmup", "none", *options, module="bench.workers.slow_volume_server")
         with server:
             reader = served.reader(served.target("http", ports["http"]), server.pid, range_mib=28, connections=1)
-            with reader:
-                return reader.measure()
+            return reader.measure()
 
     # The first replica fills Redis; what it cannot write in time it offers again when it misses again.
     with redis.client() as client:
