@@ -114,14 +114,17 @@ class Controller:
         return reconcile(observed, self._settings), True
 
     async def _carry_out(self, decision: Decision, done: set[tuple[str, str]]) -> dict[tuple[str, str], Refusal]:
-        """Do what is not done yet; returns what the API server would not take."""
+        """Do what was not tried yet; returns what the API server would not take."""
         refusals: dict[tuple[str, str], Refusal] = {}
         for obj in decision.applies:
-            if _identity(obj) not in done and await self._try(refusals, obj, self._kube.apply(obj)):
+            if _identity(obj) not in done:
                 done.add(_identity(obj))
+                await self._try(refusals, obj, self._kube.apply(obj))
         for job in decision.creates:
-            if _identity(job) not in done and await self._try(refusals, job, self._kube.create(job)):
-                done.add(_identity(job))
+            if _identity(job) in done:
+                continue
+            done.add(_identity(job))
+            if await self._try(refusals, job, self._kube.create(job)):
                 self._budgets.created(job)
                 log.info("created", extra=_where(job))
         for obj in decision.deletes:
