@@ -24,7 +24,7 @@ from modelcache.errors import (
 
 if TYPE_CHECKING:
     from modelcache.bert import StreamingBertModel
-    from modelcache.process import reserve_memory
+    from modelcache.process import reserve_memory, set_memory_budget
     from modelcache.snapshot import snapshot
     from modelcache.streaming import StreamingModel
     from modelcache.whole import from_pretrained, load_state_dict
@@ -46,6 +46,7 @@ __all__ = [
     "from_pretrained",
     "load_state_dict",
     "reserve_memory",
+    "set_memory_budget",
     "snapshot",
 ]
 
@@ -55,6 +56,7 @@ _HOMES = {
     "from_pretrained": "modelcache.whole",
     "load_state_dict": "modelcache.whole",
     "reserve_memory": "modelcache.process",
+    "set_memory_budget": "modelcache.process",
     "snapshot": "modelcache.snapshot",
 }
 

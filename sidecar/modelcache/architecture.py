@@ -97,11 +97,13 @@ class Architecture:
         model: in eval mode; buffers that no checkpoint holds are real.
         blocks: loaded when called, in module order.
         resident: loaded before the first call and kept.
+        buffers: what no checkpoint holds, and where it is kept.
     """
 
     model: PreTrainedModel
     blocks: tuple[Component, ...]
     resident: tuple[Component, ...]
+    buffers: tuple[tuple[Place, torch.Tensor], ...]
 
 
 def build(
@@ -126,9 +128,14 @@ def build(
         UnsupportedModel: transformers cannot convert the checkpoint without its bytes.
     """
     model = _sketch_model(model_class, config, tensors, model_args)
+    _refuse_random(model, lambda: _sketch_model(model_class, config, tensors, model_args))
+    _tie_equal(model)
     owners: dict[int, list[tuple[str, Place]]] = defaultdict(list)
     sketches: dict[int, Sketch] = {}
+    buffers = []
     for name, place, tensor in _places(model):
+        if not isinstance(tensor, Sketch):
+            buffers.append((place, tensor))
         if isinstance(tensor, Sketch):
             sketches[id(tensor)] = tensor
             if place not in [known for _, known in owners[id(tensor)]]:
@@ -149,6 +156,7 @@ def build(
         model=model,
         blocks=tuple(components[name] for name in blocks if components[name].bindings),
         resident=tuple(component for name, component in components.items() if name not in blocks),
+        buffers=tuple(buffers),
     )
 
 
@@ -213,6 +221,40 @@ def _sketch_model(
             "the config does not belong to these weights."
         )
     return model
+
+
+def _refuse_random(model: PreTrainedModel, build_again: Callable[[], PreTrainedModel]) -> None:
+    """Of weights that a checkpoint need not have (sinusoidal positions), those that come out differently are missing."""
+    made = {
+        name: tensor for name, place, tensor in _places(model) if place.parameter and not isinstance(tensor, Sketch)
+    }
+    if not made:
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch.initial_seed() ^ 1)
+        again = {name: tensor for name, _, tensor in _places(build_again())}
+    random = sorted(name for name, tensor in made.items() if not torch.equal(tensor, again[name]))
+    if random:
+        raise MissingWeights(
+            f"The snapshot has no weights for {_listed(random)}; transformers would fill them with random numbers.",
+            names=tuple(random),
+        )
+
+
+def _tie_equal(model: PreTrainedModel) -> None:
+    """Ties weights that the config ties and the checkpoint holds twice, if they are equal, as transformers does.
+
+    transformers compares their values; here, their types, shapes and all of their checksums.
+    """
+    places = {name: (place, tensor) for name, place, tensor in _places(model)}
+    for target, source in model.all_tied_weights_keys.items():
+        (place, left), (_, right) = places[target], places[source]
+        if left is right or not (isinstance(left, Sketch) and isinstance(right, Sketch)):
+            continue
+        if isinstance(left.expression, Leaf) and isinstance(right.expression, Leaf):
+            one, other = left.expression.stored, right.expression.stored
+            if (one.dtype, one.shape, one.crc) == (other.dtype, other.shape, other.crc):
+                place.put(right)
 
 
 @contextlib.contextmanager

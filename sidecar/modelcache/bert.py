@@ -8,6 +8,14 @@ from modelcache.streaming import StreamingModel
 
 __all__ = ["StreamingBertModel"]
 
+# Arguments of Surfing Weights' class that mean nothing here.
+_SURFING_WEIGHTS = {
+    "websocket_uri": 'write address="HOST:9090", which is the weight server\'s gRPC port',
+    "config": "pass its values as arguments: address=, cache_size=, prefetch_count=",
+    "monitor": "get_inference_stats() has the figures, and the server's /metrics its own",
+    "compression": "weights travel as they are stored",
+}
+
 
 class StreamingBertModel(StreamingModel):
     """A BertModel whose layers are read from a weight server while it computes.
@@ -31,6 +39,9 @@ class StreamingBertModel(StreamingModel):
         auto_class: str | type = "BertModel",
         **model_args: Any,
     ) -> None:
+        for name, advice in _SURFING_WEIGHTS.items():
+            if name in model_args:
+                raise TypeError(f"StreamingBertModel takes no {name}=: {advice}.")
         super().__init__(model_name, auto_class, cache_size=cache_size, **model_args)
 
     async def forward_async(  # type: ignore[override] # Surfing Weights' users pass these by position

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from modelcache.errors import ModelCacheError, Unavailable
 from modelcache.loader import Load
+from modelcache.process import budget
 from modelcache.volume_lane import VolumeSource
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class ComponentCache:
         self._lock = threading.RLock()
         self._loads: dict[str, Load] = {}
         self._bound: set[str] = set()
+        budget.join(self)
 
     def start(self, begun: Iterable[Load] = ()) -> None:
         """Starts to load the resident components and the first blocks.
@@ -98,6 +100,8 @@ class ComponentCache:
 
     def acquire(self, name: str) -> None:
         """Has a block's parameters in their places, and keeps them there until ``release``."""
+        if budget.nbytes is not None and name not in self._loads:
+            budget.make_room(self.blocks[name].nbytes, self)
         with self._lock:
             access = self.policy.acquire(name, threading.get_ident())
             self.statistics.hits += access.hit
@@ -199,8 +203,21 @@ class ComponentCache:
         self._loader.submit(load, urgent=urgent)
         return load
 
+    def shed(self, nbytes: int) -> int:
+        """Drops idle blocks, those needed last first, until ``nbytes`` bytes are free; says how many are."""
+        freed = 0
+        with self._lock:
+            for name in self.policy.farthest_first():
+                if freed >= nbytes:
+                    break
+                self.policy.forget(name)
+                if name in self._loads:
+                    freed += self._component(name).nbytes
+                    self._drop(name)
+        return freed
+
     def _prefetch(self) -> None:
-        wanted, dropped = self.policy.prefetches()
+        wanted, dropped = self.policy.prefetches(budget.room())
         for name in dropped:
             self._drop(name)
         for name in wanted:

@@ -97,8 +97,18 @@ class LayerPolicy:
             dropped.append(name)
         return dropped
 
-    def prefetches(self) -> tuple[list[str], list[str]]:
-        """What to load ahead now, and which useless prefetches to drop for it; both are noted as done."""
+    def farthest_first(self) -> list[str]:
+        """Layers that nobody computes with, those needed last first."""
+        distance, far = self._distances(), len(self.sizes) + 1
+        idle = [name for name in [*self.used, *self.ahead_of_use] if name not in self._users]
+        return sorted(idle, key=lambda name: -distance.get(name, far))
+
+    def prefetches(self, room: float = float("inf")) -> tuple[list[str], list[str]]:
+        """What to load ahead now, and which useless prefetches to drop for it; both are noted as done.
+
+        Args:
+            room: bytes that may be loaded ahead at most, whatever this cache's own limits allow.
+        """
         wanted, dropped = [], []
         upcoming = [name for name in self.upcoming() if name not in self.used]
         for name in upcoming:
@@ -113,6 +123,9 @@ class LayerPolicy:
                 dropped.append(useless)
                 if not self._has_room(name):
                     break
+            room -= self.sizes[name]
+            if room < 0:
+                break
             self.ahead_of_use[name] = None
             wanted.append(name)
         return wanted, dropped

@@ -69,6 +69,7 @@ class Load:
         self._left = max(1, len(self._runs))
         self._lock = threading.Lock()
         self._leases: list[Lease | None] = []
+        self._move: Callable[[list[torch.Tensor]], list[torch.Tensor]] | None = None
 
     def next_run(self) -> tuple[Run, int] | None:
         """A run that nobody has started, with the index of its layout (0: main, 1: scratch); None: there is none."""
@@ -103,9 +104,10 @@ class Load:
             self._left -= 1
             return self._left == 0 and self.error is None
 
-    def complete(self) -> None:
+    def complete(self, move: Callable[[list[torch.Tensor]], list[torch.Tensor]] | None = None) -> None:
         """Notes that all was received, and makes the tensors if it is known which."""
         with self._lock:
+            self._move = move
             if self.component is not None:
                 self._assemble(self.component)
             self.done.set()
@@ -128,6 +130,8 @@ class Load:
                 component, lambda stored: (main.array if main else None, offsets.get(stored.place, 0)), main, scratch
             )
         self._leases = []
+        if self._move is not None:
+            self.tensors = self._move(self.tensors)
 
     def fail(self, error: BaseException) -> None:
         """Ends the load with an error, unless it has one."""
@@ -146,10 +150,19 @@ class Loader:
         pool: where memory comes from.
         workers: connections, and threads, that read at once.
         name: of the threads.
+        move: takes a component's tensors to another device; None: they stay.
     """
 
-    def __init__(self, pool: SlabPool, *, workers: int = 2, name: str = "modelcache") -> None:
+    def __init__(
+        self,
+        pool: SlabPool,
+        *,
+        workers: int = 2,
+        name: str = "modelcache",
+        move: Callable[[list[torch.Tensor]], list[torch.Tensor]] | None = None,
+    ) -> None:
         self.pool = pool
+        self._move = move
         self.cancellation = Cancellation()
         self._condition = threading.Condition()
         self._queue: list[tuple[int, int, Load]] = []
@@ -230,7 +243,7 @@ class Loader:
                 if load.deadline is not None:
                     received = read_run(load.source, run, memory, load.deadline)
             if load.finish_run(received):
-                load.complete()
+                load.complete(self._move)
         except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits for this load
             load.fail(error)
 

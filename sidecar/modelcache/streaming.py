@@ -16,17 +16,18 @@ from modelcache.architecture import Architecture, build
 from modelcache.cache import ComponentCache
 from modelcache.connection import connect
 from modelcache.deadline import Deadline
+from modelcache.device import copier
 from modelcache.hooks import guard, stream_block, time_calls
 from modelcache.layers import LayerPolicy
 from modelcache.lease import LeaseKeeper
 from modelcache.loader import Load, Loader
 from modelcache.plan import guess_components, lay_out, select_tensors
 from modelcache.pretrained import load_pretrained
-from modelcache.process import pool
+from modelcache.process import budget, pool
 from modelcache.volume_lane import VolumeSource, local_volume
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Awaitable, Callable, Generator, Sequence
     from types import TracebackType
 
     from transformers import PreTrainedModel
@@ -101,6 +102,7 @@ class StreamingModel:
         auto_class: an Auto class or model class of transformers, or the name of one.
         cache_size: how many layers stay in memory; None: all.
         address: ``host:port``, several separated by commas; default: the environment's MODELCACHE_ADDRESS.
+        device: where it computes: cpu, or a CUDA GPU.
         cache_bytes: how many bytes of layers stay in memory, instead of or beside cache_size.
         prefetch_count: how many layers are read ahead, on top of those that stay.
         wait_timeout: seconds to wait for a server that is not ready yet.
@@ -130,6 +132,7 @@ class StreamingModel:
         *,
         cache_size: int | None = 3,
         address: str | None = None,
+        device: str | torch.device = "cpu",
         cache_bytes: int | None = None,
         prefetch_count: int = 2,
         wait_timeout: float = 600.0,
@@ -141,6 +144,7 @@ class StreamingModel:
         _check_limits(cache_size, cache_bytes, prefetch_count)
         self.model_name = model_name
         self._auto_class = auto_class
+        self._device = device
         self._max_layers = cache_size
         self._max_bytes = cache_bytes
         self._ahead = prefetch_count
@@ -330,10 +334,14 @@ class StreamingModel:
         old.close_when_idle()
         return True
 
-    def cleanup(self) -> None:
-        """Ends all threads and gives the memory back; the model cannot be used afterwards."""
+    def cleanup(self) -> Awaitable[None]:
+        """Ends all threads and gives the memory back; the model cannot be used afterwards.
+
+        Returns:
+            Nothing to wait for: it is there for programs that say ``await model.cleanup()``.
+        """
         self._finalizer()
-        pool.trim(pool.keep_bytes)
+        return _Done()
 
     def __enter__(self) -> Self:
         return self
@@ -402,7 +410,7 @@ class StreamingModel:
 
     def _build(self, snapshot: PinnedSnapshot) -> _Session:
         tensors = select_tensors(snapshot.manifest, **self._where)
-        loader = Loader(pool, name=f"modelcache-{self.model_name}")
+        loader = Loader(pool, name=f"modelcache-{self.model_name}", move=copier(self._device))
         try:
             source = local_volume(snapshot, os.environ) or snapshot
             begun = self._read_ahead(source, tensors, loader)
@@ -413,7 +421,7 @@ class StreamingModel:
 
     def _read_ahead(self, source: Source, tensors: list[Stored], loader: Loader) -> list[Load]:
         """Starts to read what is probably needed first, while transformers still builds the model."""
-        if self._max_bytes is not None:
+        if self._max_bytes is not None or budget.nbytes is not None:
             return []
         slots = len(tensors) if self._max_layers is None else self._max_layers + self._ahead
         loads = []
@@ -449,12 +457,21 @@ class StreamingModel:
             ahead=self._ahead,
         )
         cache = ComponentCache(architecture.blocks, architecture.resident, policy, loader, source, self._timeout)
+        for place, buffer in architecture.buffers:
+            place.put(buffer.to(self._device))
         for component in architecture.blocks:
             stream_block(component, cache)
         time_calls(model, weakref.WeakMethod(self._note_inference), cache)
         guard(model, cache)
         cache.start(begun)
         return _Session(snapshot, source, architecture, cache)
+
+
+class _Done:
+    """What has happened already, for those who await it."""
+
+    def __await__(self) -> Generator[Any, None, None]:
+        yield from ()
 
 
 def _check_limits(cache_size: int | None, cache_bytes: int | None, prefetch_count: int) -> None:

@@ -226,3 +226,34 @@ def test_equal_on_a_gpu(tmp_path):
         StreamingModel("x", model_class, cache_size=1, address=server.address, device="cuda") as model,
     ):
         assert_same(model(**{key: value.cuda() for key, value in inputs.items()}), wanted)
+
+
+def test_a_head_that_is_tied_and_stored_twice_is_tied(tmp_path):
+    import safetensors.torch
+
+    model_class, inputs, _ = make(tmp_path, "llama-tied")
+    state = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with torch.no_grad():
+        wanted = model_class.from_pretrained(tmp_path)(**inputs)
+    with (
+        FaultyServer(tmp_path) as server,
+        StreamingModel("x", model_class, address=server.address) as model,
+    ):
+        assert model.model.lm_head.weight is model.model.model.embed_tokens.weight
+        assert_same(model(**inputs), wanted)
+
+
+def test_a_weight_that_transformers_tolerates_but_would_make_up_is_missing(tmp_path, monkeypatch):
+    import safetensors.torch
+
+    from modelcache import MissingWeights
+
+    model_class, _, _ = make(tmp_path, "bert")
+    state = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    del state["pooler.dense.weight"]
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(model_class, "_keys_to_ignore_on_load_missing", [r"pooler\.dense\.weight"])
+    with FaultyServer(tmp_path) as server, pytest.raises(MissingWeights, match=r"pooler\.dense\.weight"):
+        StreamingModel("x", model_class, address=server.address)

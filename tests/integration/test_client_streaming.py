@@ -291,3 +291,38 @@ def test_repr_says_what_is_here(serve):
         model(tokens())
         assert repr(model).startswith("<StreamingBertModel 'bert-tiny' BertModel ")
         assert "2 of 4 layers here (cache_size 2)" in repr(model)
+
+
+def test_models_share_one_memory_budget(serve):
+    first, second = serve(BertFiles(config=SMALL)), serve(BertFiles(config=SMALL, seed=5))
+    wanted = expected(first.folder, tokens()), expected(second.folder, tokens())
+    with (
+        StreamingBertModel("a", None, address=first.address) as a,
+        StreamingBertModel("b", None, address=second.address) as b,
+    ):
+        assert_same(a(tokens()), wanted[0])
+        assert_same(b(tokens()), wanted[1])
+        layer = a._session.cache.blocks["encoder.layer.0"].nbytes
+        resident = sum(each.nbytes for model in (a, b) for each in model._session.cache.resident.values())
+        modelcache.set_memory_budget(resident + 4 * layer)
+        try:
+            for _ in range(2):
+                for model, result in zip((a, b), wanted, strict=True):
+                    model.clear_cache()
+                    assert_same(model(tokens()), result)
+                    held = sum(each._session.cache.held_bytes() for each in (a, b))
+                    assert held <= resident + 4 * layer
+        finally:
+            modelcache.set_memory_budget(None)
+
+
+def test_models_of_one_server_share_its_connections(serve):
+    server = serve()
+    with StreamingBertModel("a", address=server.address) as a, StreamingBertModel("b", address=server.address) as b:
+        assert a._session.snapshot.connection is b._session.snapshot.connection
+        assert_same(a(tokens()), b(tokens()))
+
+
+def test_an_argument_of_surfing_weights_says_what_to_write_instead():
+    with pytest.raises(TypeError, match="address="):
+        StreamingBertModel("prajjwal1/bert-tiny", websocket_uri="ws://localhost:8765", cache_size=2)
