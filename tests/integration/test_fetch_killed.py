@@ -45,7 +45,7 @@ def repo(megabytes):
 
 @pytest.mark.parametrize("kills", [4, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
 def test_little_is_fetched_twice(tmp_path, kills):
-    files = repo(40 if kills > 10 else 8)
+    files = repo(60 if kills > 10 else 8)
     size = sum(map(len, files.values()))
     with fake_hub() as hub:
         hub.commit("org/name", files)
