@@ -51,7 +51,6 @@ class RedisTier:
                 timeout=settings.timeout_seconds,
                 socket_timeout=settings.timeout_seconds,
                 socket_connect_timeout=settings.timeout_seconds,
-                socket_read_size=1 << 20,
                 retry=Retry(NoBackoff(), 0),
             )
         except ValueError as error:
