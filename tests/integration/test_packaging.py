@@ -204,7 +204,7 @@ def test_nothing_committed_names_this_machine_or_a_package_index():
         "|".join(
             [
                 *map(re.escape, own),
-                r"/(?:home|Users)/[a-z][\w.-]*/",
+                r"/(?:home|Users)/(?!(?:me|you|user)/)[a-z][\w.-]*/",
                 r"(?<![\w.])/root/",
                 r"/opt/[w]heels",
                 r"python[h]osted",
