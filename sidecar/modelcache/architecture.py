@@ -224,7 +224,7 @@ def _sketch_model(
 
 
 def _refuse_random(model: PreTrainedModel, build_again: Callable[[], PreTrainedModel]) -> None:
-    """Of weights that a checkpoint need not have (sinusoidal positions), those that come out differently are missing."""
+    """Of weights that a checkpoint need not have (sinusoidal positions), those that come out random are missing."""
     made = {
         name: tensor for name, place, tensor in _places(model) if place.parameter and not isinstance(tensor, Sketch)
     }

@@ -142,7 +142,7 @@ def read_run(source: Source, run: Run, memory: memoryview, deadline: Deadline) -
             corrupt += isinstance(error, CorruptAtServer)
             if corrupt > 1:
                 raise IntegrityError(
-                    f"{error} Run `modelcache verify` on the volume, then fetch again.", path=run.path
+                    f"{error} Run `modelcache fetch --verify` on the volume.", path=run.path
                 ) from error
             failures = 0 if progress.offset > before else failures + 1
             deadline.pause(_BACKOFF_SECONDS[min(failures, len(_BACKOFF_SECONDS) - 1)])

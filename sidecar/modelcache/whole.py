@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from tqdm.auto import tqdm
@@ -39,6 +39,8 @@ def load_state_dict(
     subfolder: str = "",
     variant: str = "",
     progress: bool | None = None,
+    connections: int = 2,
+    verify: bool = True,
     wait_timeout: float = 600.0,
     timeout: float = 120.0,
 ) -> dict[str, torch.Tensor]:
@@ -50,6 +52,9 @@ def load_state_dict(
         subfolder: of the weights in the repo.
         variant: of the weights (``fp16``).
         progress: whether to show a progress bar; None: only on a terminal.
+        connections: how many read at once.
+        verify: False: a volume of this machine that is mapped is trusted, and read only as far as tensors are used.
+            What comes over the wire is checked in any case.
         wait_timeout: seconds to wait for a server that is not ready yet.
         timeout: seconds that 64 MiB may take, whatever happens to servers meanwhile.
 
@@ -63,7 +68,8 @@ def load_state_dict(
     """
     with connect(name, address=address, wait_timeout=wait_timeout) as pinned:
         tensors = select_tensors(pinned.manifest, subfolder=subfolder, variant=variant)
-        return _load(pinned, tensors, name, progress=progress, timeout=timeout)
+        bar = _bar(name, progress)
+        return _load(pinned, tensors, name, bar, connections=connections, verify=verify, timeout=timeout)
 
 
 def from_pretrained(
@@ -99,7 +105,7 @@ def from_pretrained(
     with connect(name, address=address, wait_timeout=wait_timeout) as pinned:
         pretrained = load_pretrained(pinned, auto_class, model_args, subfolder=subfolder, timeout=timeout)
         tensors = select_tensors(pinned.manifest, subfolder=subfolder, variant=variant)
-        state = _load(pinned, tensors, name, progress=progress, timeout=timeout)
+        state = _load(pinned, tensors, name, _bar(name, progress), timeout=timeout)
     model: PreTrainedModel = pretrained.model_class.from_pretrained(
         None, config=pretrained.config, state_dict=state, **pretrained.model_args
     )
@@ -108,23 +114,37 @@ def from_pretrained(
     return model
 
 
+def _bar(name: str, progress: bool | None) -> tqdm[NoReturn]:  # noqa: FBT001 - tqdm's own: None is "on a terminal"
+    hidden = None if progress is None else not progress
+    return tqdm(desc=name or "weights", unit="B", unit_scale=True, disable=hidden)
+
+
 def _load(
-    pinned: PinnedSnapshot, tensors: list[Stored], name: str, *, progress: bool | None, timeout: float
+    pinned: PinnedSnapshot,
+    tensors: list[Stored],
+    name: str,
+    bar: tqdm[NoReturn],
+    *,
+    connections: int = 2,
+    verify: bool = True,
+    timeout: float,
 ) -> dict[str, torch.Tensor]:
-    source = local_volume(pinned, os.environ) or pinned
+    volume = local_volume(pinned, os.environ)
+    if volume is not None:
+        volume.verify = verify
+    source = volume or pinned
     components = [_component(index, chunk) for index, chunk in enumerate(_chunks(tensors))]
-    loader = Loader(pool, name=f"modelcache-load-{name}")
+    loader = Loader(pool, workers=connections, name=f"modelcache-load-{name}")
     loads = [
         Load(component.name, (component.layout, component.scratch), source, timeout, component)
         for component in components
     ]
     found: dict[str, torch.Tensor] = {}
-    hidden = None if progress is None else not progress
-    total = sum(component.layout.wire_bytes for component in components)
     try:
         for load in loads:
             loader.submit(load)
-        with tqdm(desc=name or "weights", total=total, unit="B", unit_scale=True, disable=hidden) as bar:
+        with bar:
+            bar.reset(total=sum(component.layout.wire_bytes for component in components))
             for component, load in zip(components, loads, strict=True):
                 load.done.wait()
                 if load.error is not None:

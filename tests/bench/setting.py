@@ -1,5 +1,6 @@
 """What most rows need: BERT-base-size weights on this disk, and served warm by a process of its own."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,11 @@ class BertBase:
 
     @classmethod
     def serve(cls, run: Run) -> "BertBase":
-        """Make, fetch and serve them; the server ends with the run."""
+        """Make, fetch and serve them; the server ends with the run.
+
+        The volume is on this machine, and clients would map it: here the wire is measured.
+        """
+        os.environ.setdefault("MODELCACHE_VOLUME", "off")
         folder = cached_bert(BertFiles(config=BASE, data_offset=32))
         fetch_folder(folder, run.folder / "volume", "bench")
         server = run.closing.enter_context(ServerProcess.over(run.folder / "volume"))

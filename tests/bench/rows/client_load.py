@@ -1,0 +1,41 @@
+"""Whole weights into memory, by connections against sockets, and by mmap against safetensors."""
+
+import os
+
+from bench.measure import Pair, interleaved
+from bench.registry import Row, Run, benchmark
+from bench.setting import BertBase
+
+WIRE_1 = Row("client.load.raw_tcp_1", unit="s", better="lower", goal=1 / 0.9, issue=4)
+WIRE_2 = Row("client.load.raw_tcp_2", unit="s", better="lower", goal=1 / 0.75, issue=4)
+MAPPED = Row("client.load.mapped", unit="s", better="lower", goal=1.1, issue=4)
+VERIFIED = Row("client.load.mapped_verified", unit="s", better="lower", goal=1.8, issue=4)
+
+
+@benchmark(WIRE_1, WIRE_2, MAPPED, VERIFIED)
+def load(run: Run) -> dict[str, Pair]:
+    """load_state_dict over 1 and 2 connections against as many raw ones; by mmap against load_file, pages touched."""
+    bert = BertBase.serve(run)
+    raw, size = bert.peer("raw_tcp"), str(bert.size)
+    wire = {
+        "ours1": bert.worker("client_load", bert.address, "1", "verify"),
+        "raw1": bert.worker("read_raw_tcp", raw, size, "1"),
+        "ours2": bert.worker("client_load", bert.address, "2", "verify"),
+        "raw2": bert.worker("read_raw_tcp", raw, size, "2"),
+    }
+    before = os.environ.pop("MODELCACHE_VOLUME", None)
+    mapped = {
+        "mapped": bert.worker("client_load", bert.address, "2", "trust"),
+        "verified": bert.worker("client_load", bert.address, "1", "verify"),
+        "load_file": bert.worker("read_load_file", bert.weights),
+    }
+    if before is not None:
+        os.environ["MODELCACHE_VOLUME"] = before
+    workers = {**wire, **mapped}
+    values = interleaved({name: worker.measure for name, worker in workers.items()}, rounds=run.rounds(9))
+    return {
+        WIRE_1.name: Pair(values["ours1"], values["raw1"]),
+        WIRE_2.name: Pair(values["ours2"], values["raw2"]),
+        MAPPED.name: Pair(values["mapped"], values["load_file"]),
+        VERIFIED.name: Pair(values["verified"], values["load_file"]),
+    }

@@ -1,0 +1,28 @@
+"""Seconds of `load_state_dict`: ADDRESS CONNECTIONS VERIFY; whether by mmap is up to MODELCACHE_VOLUME."""
+
+import sys
+import time
+
+import modelcache
+from bench.worker import answer
+from modelcache import process
+
+
+def main() -> None:
+    address, connections, verify = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "verify"
+    process.pool.keep_bytes = 2**31
+
+    def measure() -> float:
+        start = time.perf_counter()
+        weights = modelcache.load_state_dict(address=address, progress=False, connections=connections, verify=verify)
+        for tensor in weights.values():
+            tensor.view(-1)[::1024].sum()
+        taken = time.perf_counter() - start
+        del weights
+        return taken
+
+    answer(measure)
+
+
+if __name__ == "__main__":
+    main()
