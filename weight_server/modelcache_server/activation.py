@@ -34,15 +34,17 @@ class ActivationWatch:
         *,
         warmup_bytes: int | None,
         poll_seconds: float,
+        prepare: Callable[[], None],
         on_first: Callable[[], None],
     ) -> None:
-        """Call `on_first` once, when there is something to serve."""
+        """Call `prepare` in the thread, before anything else, and `on_first` once there is something to serve."""
         self._origin = origin
         self._catalog = catalog
         self._cache = cache
         self._reader = reader
         self._warmup_bytes = warmup_bytes
         self._poll_seconds = poll_seconds
+        self._prepare = prepare
         self._on_first = on_first
         self._seen: Hashable = None
         self._retry_at = 0.0
@@ -69,6 +71,7 @@ class ActivationWatch:
             self._thread.join()
 
     def _run(self) -> None:
+        self._prepare()
         while not self._stop.is_set():
             try:
                 self._look()

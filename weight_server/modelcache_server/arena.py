@@ -7,6 +7,9 @@ from pathlib import Path
 
 from modelcache_volume import BLOCK_BYTES
 
+_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, which Python 3.11 does not name
+_PREFAULT_STEP_BYTES = 64 << 20
+
 
 class Arena:
     """Exactly `size` bytes, in huge pages where the kernel gives them.
@@ -31,12 +34,23 @@ class Arena:
         start = index * BLOCK_BYTES
         return self._whole[start : start + BLOCK_BYTES]
 
+    def prefault(self) -> None:
+        """Have the kernel give all of it now: the first touch of a fresh page costs more than receiving its bytes."""
+        madvise = ctypes.CDLL(None, use_errno=True).madvise
+        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        first = self._address()
+        # In steps, and not through mmap.madvise, which would hold the interpreter's lock meanwhile.
+        for start in range(0, self.size, _PREFAULT_STEP_BYTES):
+            if madvise(first + start, min(_PREFAULT_STEP_BYTES, self.size - start), _POPULATE_WRITE):
+                return  # Linux before 5.14: pages come as they are used
+
     def page_use(self) -> tuple[int, int]:
         """(resident bytes, bytes of them in huge pages) of the mapping, as /proc/self/smaps says."""
-        anchor = ctypes.c_char.from_buffer(self._whole)
-        first = ctypes.addressof(anchor)
-        del anchor
-        return _page_use(Path("/proc/self/smaps").read_text(encoding="ascii", errors="replace"), first, self.size)
+        smaps = Path("/proc/self/smaps").read_text(encoding="ascii", errors="replace")
+        return _page_use(smaps, self._address(), self.size)
+
+    def _address(self) -> int:
+        return ctypes.addressof(ctypes.c_char.from_buffer(self._whole))
 
     def close(self) -> None:
         """Give the memory back; where a view lives on (in an exception's traceback, say), once that is gone."""

@@ -9,9 +9,9 @@ from modelcache_volume import (
     BLOCK_BYTES,
     ContentHasher,
     CorruptBlob,
+    NotAVolume,
     SafetensorsIndexer,
     SnapshotNotFound,
-    VolumeError,
     build_manifest,
     is_index_file,
 )
@@ -26,7 +26,8 @@ class FolderOrigin:
     Hidden files are left out, and so are links that lead out of the folder (but into `blobs` of a Hugging Face cache).
 
     Raises:
-        VolumeError: There is nothing to serve, or a weight file is damaged.
+        NotAVolume: There is nothing to serve.
+        BadWeights: A weight file is damaged.
     """
 
     def __init__(self, root: Path) -> None:
@@ -34,7 +35,7 @@ class FolderOrigin:
         self.folder = "folder"
         self._paths = dict(sorted(self._find()))
         if not any(path.endswith(_SAFETENSORS) for path in self._paths):
-            raise VolumeError(
+            raise NotAVolume(
                 f"{root} has nothing to serve: it is neither a ModelCache volume nor a folder with .safetensors files."
             )
         weights, index_files, files = {}, {}, []

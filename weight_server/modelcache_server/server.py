@@ -76,6 +76,7 @@ class Server:
             self._reader,
             warmup_bytes=settings.warmup_bytes,
             poll_seconds=settings.poll_seconds,
+            prepare=self._arena.prefault,
             on_first=self._tell_health,
         )
         self._http = HttpServer(

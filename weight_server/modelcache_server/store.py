@@ -87,8 +87,7 @@ class BlobStore:
         if self._shared is not None and self._shared.fetch(key, crc, view):
             self._report("redis", start, len(view))
             return
-        self._read(file, block * BLOCK_BYTES, view, drop_behind=True)
-        self._check(file, block, crc, view)
+        self._read_verified(file, block, crc, view, drop_behind=True)
         self._report("volume", start, len(view))
         if self._shared is not None:
             self._shared.offer(key, view)
@@ -98,8 +97,7 @@ class BlobStore:
         start = time.perf_counter()
         content = bytearray(file.size)
         if file.size:
-            self._read(file, 0, memoryview(content), drop_behind=False)
-            self._check(file, 0, file.block_crc32c[0], memoryview(content))
+            self._read_verified(file, 0, file.block_crc32c[0], memoryview(content), drop_behind=False)
         self._report("small", start, file.size)
         return bytes(content)
 
@@ -122,7 +120,8 @@ class BlobStore:
                 got = os.preadv(blob.fd, [view[done:]], offset + done)
                 if not got:
                     raise CorruptBlob(
-                        f"{file.path} ends after {offset + done} of {file.size} bytes on the volume. Fetch it again.",
+                        f"{file.path} ends after {offset + done} of {file.size} bytes on the volume. "
+                        "`modelcache fetch --verify` mends it.",
                         path=file.path,
                         sha256=file.sha256.hex(),
                     )
@@ -133,14 +132,13 @@ class BlobStore:
         finally:
             self._give_back(file, blob)
 
-    def _check(self, file: ServedFile, block: int, crc: int, view: memoryview) -> None:
-        if crc32c.crc32c(view) == crc:
-            return
-        with self._lock:
-            # A repaired blob is a new file under the old name: look it up again next time.
-            blob = self._blobs.pop(file.location, None)
-            if blob is not None and not blob.users:
-                os.close(blob.fd)
+    def _read_verified(self, file: ServedFile, block: int, crc: int, view: memoryview, *, drop_behind: bool) -> None:
+        # A blob that was repaired is a new file under the old name, and the old one may still be open here: hence twice.
+        for _ in range(2):
+            self._read(file, block * BLOCK_BYTES, view, drop_behind=drop_behind)
+            if crc32c.crc32c(view) == crc:
+                return
+            self._forget(file)
         raise CorruptBlob(
             f"Block {block} of {file.path} on the volume is not what was published. Fetch it again: "
             f"`modelcache verify` names every damaged file.",
@@ -148,6 +146,13 @@ class BlobStore:
             sha256=file.sha256.hex(),
             block=block,
         )
+
+    def _forget(self, file: ServedFile) -> None:
+        """Open the blob anew next time."""
+        with self._lock:
+            blob = self._blobs.pop(file.location, None)
+            if blob is not None and not blob.users:
+                os.close(blob.fd)
 
     def _borrow(self, file: ServedFile) -> _OpenBlob:
         with self._lock:

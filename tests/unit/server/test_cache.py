@@ -177,6 +177,9 @@ def test_the_arena_is_exactly_as_large_as_asked_and_says_what_it_takes():
         resident, huge = arena.page_use()
         assert BLOCK_BYTES <= resident <= arena.size
         assert 0 <= huge <= resident
+        arena.prefault()
+        assert arena.page_use()[0] == arena.size
+        assert arena.slot(1)[:1] == b"x"
         with pytest.raises(IndexError):
             arena.slot(SLOTS)
     finally:
