@@ -83,7 +83,7 @@ REASONS: dict[Reason, ReasonInfo] = {
         73, True, "no such snapshot, revision or name on the volume or server", "see `modelcache ls`"
     ),
     Reason.CORRUPT_BLOB: ReasonInfo(
-        74, True, "a file on the volume is not what was published", "remove the blob named and fetch again"
+        74, True, "a file on the volume is not what was published", "run `modelcache fetch --verify`"
     ),
     Reason.PORT_IN_USE: ReasonInfo(75, True, "a port is taken by another program", "choose another port, 0 for any"),
     Reason.NOT_INSTALLED: ReasonInfo(

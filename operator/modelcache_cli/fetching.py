@@ -1,6 +1,7 @@
 """From a manifest file to files on the volume: what `plan`, `fetch` and `up` share."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,12 +61,15 @@ def fetch_options(arguments: argparse.Namespace, model: "ModelCache") -> "FetchO
     return FetchOptions(secrets_dir=folder, lock_wait=getattr(arguments, "wait", 0.0))
 
 
-def fetch(arguments: argparse.Namespace, model: "ModelCache", root: Path) -> "FetchResult":
-    """Fetch what a manifest asks for, with a progress display, and say what came of it."""
+def fetch(arguments: argparse.Namespace, model: "ModelCache", root: Path, *, verify: bool = False) -> "FetchResult":
+    """Fetch what a manifest asks for, with a progress display, and say what came of it.
+
+    With ``verify``, what the volume has is read again first, and what is damaged is fetched anew.
+    """
     from modelcache_fetcher import Progress, run_fetch
 
     name, spec = model.metadata.name, model.spec
-    options = fetch_options(arguments, model)
+    options = replace(fetch_options(arguments, model), verify=verify)
     progress = Progress()
     with ProgressDisplay(progress.snapshot, f"fetch {name}"):
         result = run_fetch(spec, root, name, options=options, progress=progress)

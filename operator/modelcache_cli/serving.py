@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modelcache_api.reasons import Reason
-from modelcache_cli.failures import CommandError
+from modelcache_cli.failures import CommandError, UsageError
 from modelcache_cli.output import say
 
 if TYPE_CHECKING:
@@ -31,12 +31,16 @@ _SAY_SECONDS = 10.0
 _PORT_OPTIONS = ("grpc_port", "http_port", "metrics_port")
 
 
-def refuse_taken_ports(arguments: argparse.Namespace) -> None:
+def refuse_what_cannot_serve(arguments: argparse.Namespace) -> None:
     """Find out before an hour's download that the server could not start after it.
 
     Raises:
         CommandError: A port is taken or may not be used, or there is no such address.
+        UsageError: The ready file cannot be written where it is to be.
     """
+    ready: Path | None = arguments.ready_file
+    if ready is not None and not (ready.parent.is_dir() and os.access(ready.parent, os.W_OK)):
+        raise UsageError(f"--ready-file {ready}: {ready.parent} is no folder that can be written to")
     for option in _PORT_OPTIONS:
         port: int = getattr(arguments, option)
         name = f"--{option.replace('_', '-')}"

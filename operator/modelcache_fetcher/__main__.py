@@ -43,7 +43,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         trust_authorities()
         spec = _read_spec(options.spec)
-        fetch_options = FetchOptions(secrets_dir=options.secrets, lock_wait=getattr(options, "lock_wait", 0.0))
+        fetch_options = FetchOptions(
+            secrets_dir=options.secrets,
+            lock_wait=getattr(options, "lock_wait", 0.0),
+            verify=getattr(options, "verify", False),
+        )
         if options.command == "plan":
             plan = make_plan(spec, fetch_options)
             message = plan_message(plan)
@@ -72,6 +76,11 @@ def _parser() -> argparse.ArgumentParser:
     fetch.add_argument("--volume", type=Path, required=True, help="folder of the volume")
     fetch.add_argument("--name", required=True, help="name of the ModelCache, under which the snapshot becomes active")
     fetch.add_argument("--lock-wait", type=float, default=60.0, help="seconds to wait for another writer of the volume")
+    fetch.add_argument(
+        "--verify",
+        action="store_true",
+        help="read what the volume has again first, and fetch anew what is damaged",
+    )
     fetch.add_argument(
         "--progress-port",
         type=int,

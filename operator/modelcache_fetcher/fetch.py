@@ -76,11 +76,13 @@ class FetchOptions:
         secrets_dir: Folder with the credentials' files; None: none.
         lock_wait: Seconds to wait for another writer of the volume.
         limits: Retries and timeouts; None: from the spec.
+        verify: Read what the volume has of the source again first; damaged files are fetched anew.
     """
 
     secrets_dir: Path | None = None
     lock_wait: float = 0.0
     limits: Limits | None = None
+    verify: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +146,8 @@ def run_fetch(
         volume = Volume.create(volume_root)
         with volume.lock(wait=options.lock_wait) as writer:
             run = _Run(spec, name, writer, _source(spec, options), limits, deadline, progress)
+            if options.verify:
+                run.discard_damaged()
             return run.until_unchanged()
 
 
@@ -175,6 +179,18 @@ class _Run:
             f"{last} The source changed {_REPLANS} times while it was fetched; fetch when it is at rest.",
             path=last.path,
         )
+
+    def discard_damaged(self) -> None:
+        """Take away what is not as it was published; a fetch then brings it again."""
+        repo = parse_repo_id(self.spec.repo_id)
+        folder = source_folder(repo.canonical, self.spec.endpoint or "")
+        snapshots = [snapshot for snapshot in self.writer.volume.snapshots() if snapshot.folder == folder]
+        total = sum({file.sha256: file.size for each in snapshots for file in each.manifest.files}.values())
+        self.progress.begin("verifying", total_bytes=total)
+        for snapshot in snapshots:
+            for problem in snapshot.verify(self.progress.found):
+                _LOG.warning("%s It is fetched again.", problem.what)
+                self.writer.discard(folder, snapshot.file(problem.path).sha256.hex())
 
     def _once(self) -> FetchResult:
         self.entries.clear()

@@ -203,11 +203,22 @@ def test_a_changed_blob_is_found_and_named(manifest, volume):
     done = run_cli("verify", "--volume", volume)
     assert done.returncode == 74
     assert "modelcache: model.safetensors on the volume is not what was published" in done.stderr
-    assert run_cli("up", "-f", manifest, "--volume", volume, *FREE_PORTS).returncode == 74
     assert str(blob) in done.stderr
-    blob.unlink()  # as the sentence says
-    fetch_here(manifest, volume)
+    mended = run_cli("fetch", "-f", manifest, "--volume", volume, "--verify")  # as the sentence says
+    assert mended.returncode == 0, mended.stderr
     assert opened.snapshot(snapshot.digest).verify() == []
+
+
+def test_up_mends_a_changed_blob_before_it_serves(source, manifest, volume):
+    (snapshot,) = Volume.open(volume).snapshots()
+    blob = snapshot.blob_path(snapshot.file("model.safetensors"))
+    blob.chmod(0o644)
+    blob.write_bytes(b"\xff" * blob.stat().st_size)
+    write_manifest(manifest, f"file://{source}", server={"replicas": 0})
+    done = run_cli("up", "-f", manifest, "--volume", volume)
+    assert done.returncode == 0, done.stderr
+    assert "is not what was published" in done.stderr
+    assert snapshot.verify() == []
 
 
 # Serving

@@ -404,8 +404,8 @@ class Snapshot:
 
     def _corrupt(self, file: manifest_pb2.File, what: str, block: int | None = None) -> CorruptBlob:
         return CorruptBlob(
-            f"{file.path} on the volume is not what was published: {what} ({self.blob_path(file)}). Remove that "
-            "blob and fetch the model again; nothing else is fetched anew.",
+            f"{file.path} on the volume is not what was published: {what} ({self.blob_path(file)}). "
+            "`modelcache fetch --verify` fetches that file anew.",
             path=file.path,
             sha256=file.sha256.hex(),
             block=block,

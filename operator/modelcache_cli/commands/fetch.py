@@ -11,12 +11,17 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add_manifest(parser)
     add_volume(parser)
     add_wait(parser)
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read what the volume has of the source again first, and fetch anew what is damaged",
+    )
 
 
 def _run(arguments: argparse.Namespace) -> int:
     from modelcache_api.load import load_manifest
 
-    fetch(arguments, load_manifest(arguments.filename), volume_root(arguments))
+    fetch(arguments, load_manifest(arguments.filename), volume_root(arguments), verify=arguments.verify)
     return 0
 
 
@@ -31,6 +36,7 @@ COMMAND = Command(
     ),
     examples=(
         ("modelcache fetch -f minilm.yaml", "fetch into the default volume"),
+        ("modelcache fetch -f minilm.yaml --verify", "the same, and mend what is damaged on the volume"),
         ("modelcache fetch -f gated.yaml --secrets ~/.secrets/hf", "with a token in the file hf_access_token there"),
     ),
     add_options=_add_options,

@@ -7,7 +7,7 @@ from modelcache_api.reasons import Reason
 from modelcache_cli.command import Command
 from modelcache_cli.failures import CommandError
 from modelcache_cli.options import VOLUME_ENVIRONMENT, add_serving, add_volume, volume_root, whole_blocks
-from modelcache_cli.serving import SERVE_REASONS, refuse_taken_ports, serve_until_stopped
+from modelcache_cli.serving import SERVE_REASONS, refuse_what_cannot_serve, serve_until_stopped
 
 if TYPE_CHECKING:
     from modelcache_volume import Volume
@@ -31,7 +31,7 @@ def _run(arguments: argparse.Namespace) -> int:
     root = volume_root(arguments)
     volume = Volume.open(root)
     active = _active(volume, arguments.name)
-    refuse_taken_ports(arguments)
+    refuse_what_cannot_serve(arguments)
     settings = ServerSettings(
         root=root,
         name=active.name,

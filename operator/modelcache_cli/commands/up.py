@@ -11,7 +11,7 @@ from modelcache_cli.failures import CommandError
 from modelcache_cli.fetching import PUBLISH_REASONS, fetch
 from modelcache_cli.options import VOLUME_ENVIRONMENT, add_manifest, add_serving, add_volume, add_wait, volume_root
 from modelcache_cli.output import say
-from modelcache_cli.serving import SERVE_REASONS, refuse_taken_ports, serve_until_stopped
+from modelcache_cli.serving import SERVE_REASONS, refuse_what_cannot_serve, serve_until_stopped
 
 if TYPE_CHECKING:
     from modelcache_api.resource import ModelCacheSpec
@@ -40,15 +40,19 @@ def _run(arguments: argparse.Namespace) -> int:
     root, name, spec = volume_root(arguments), model.metadata.name, model.spec
     _say_what_needs_a_cluster(spec)
     if spec.server.replicas:
-        refuse_taken_ports(arguments)
+        refuse_what_cannot_serve(arguments)
     if spec.suspend:
         say("spec.suspend is true: nothing is fetched, what is on the volume is served")
     else:
         fetch(arguments, model, root)
     volume = Volume.open(root)
     active = volume.active(name)
-    if not arguments.no_verify:
-        _verify(volume, active)
+    if not arguments.no_verify and (damage := _damage(volume, active)):
+        if spec.suspend:
+            raise CommandError(Reason.CORRUPT_BLOB, damage)
+        say(damage)
+        fetch(arguments, model, root, verify=True)
+        active = volume.active(name)
     if not spec.server.replicas:
         _say_where_files_are(volume, active)
         return 0
@@ -69,14 +73,24 @@ def _say_what_needs_a_cluster(spec: "ModelCacheSpec") -> None:
     """A field that protects or speeds up in a cluster must not be thought to do so here."""
     if spec.server.access.mode == "Token" or spec.server.access.tls is not None:
         say("note: spec.server.access is not applied on one machine; whoever reaches --host can read")
+    ignored = [
+        field
+        for field, given in (
+            ("spec.server.redis", spec.server.redis is not None),
+            ("spec.server.replicas above 1", spec.server.replicas > 1),
+            ("spec.storage.size", spec.storage.size is not None),
+        )
+        if given
+    ]
+    if ignored:
+        say(f"note: {', '.join(ignored)}: not applied on one machine")
     if spec.refresh is not None:
         say("note: spec.refresh is not applied on one machine; run `modelcache fetch` to look again")
 
 
-def _verify(volume: "Volume", active: "Active") -> None:
-    problems = verify_snapshot(volume.snapshot(active.digest, active.folder))
-    if problems:
-        raise CommandError(Reason.CORRUPT_BLOB, "\n".join(problem.what for problem in problems))
+def _damage(volume: "Volume", active: "Active") -> str:
+    """What is wrong with the active snapshot, a sentence a line; empty when it is whole."""
+    return "\n".join(problem.what for problem in verify_snapshot(volume.snapshot(active.digest, active.folder)))
 
 
 def _say_where_files_are(volume: "Volume", active: "Active") -> None:
