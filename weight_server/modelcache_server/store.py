@@ -133,7 +133,7 @@ class BlobStore:
             self._give_back(file, blob)
 
     def _read_verified(self, file: ServedFile, block: int, crc: int, view: memoryview, *, drop_behind: bool) -> None:
-        # A blob that was repaired is a new file under the old name, and the old one may still be open here: hence twice.
+        # A repaired blob is a new file under the old name, and the old one may still be open here: hence twice.
         for _ in range(2):
             self._read(file, block * BLOCK_BYTES, view, drop_behind=drop_behind)
             if crc32c.crc32c(view) == crc:
