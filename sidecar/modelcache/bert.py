@@ -50,8 +50,7 @@ class StreamingBertModel(StreamingModel):
         attention_mask: Any = None,
         token_type_ids: Any = None,
         position_ids: Any = None,
-        *,
-        enable_prefetch: bool = True,
+        enable_prefetch: bool = True,  # noqa: FBT001, FBT002 - Surfing Weights' order
         prefetch_count: int | None = None,
         **kwargs: Any,
     ) -> Any:

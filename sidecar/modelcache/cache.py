@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from modelcache.process import budget
 from modelcache.volume_lane import VolumeSource
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from modelcache.architecture import Component
     from modelcache.layers import LayerPolicy
@@ -73,6 +74,8 @@ class ComponentCache:
         self._lock = threading.RLock()
         self._loads: dict[str, Load] = {}
         self._bound: set[str] = set()
+        self._ahead = policy.ahead
+        self._here = threading.local()
         budget.join(self)
 
     def start(self, begun: Iterable[Load] = ()) -> None:
@@ -98,11 +101,21 @@ class ComponentCache:
                 self._start(name, urgent=True)
             self._prefetch()
 
+    @contextmanager
+    def reading_ahead(self, count: int) -> Iterator[None]:
+        """Has what the calling thread runs meanwhile read ``count`` blocks ahead."""
+        self._here.ahead = count
+        try:
+            yield
+        finally:
+            del self._here.ahead
+
     def acquire(self, name: str) -> None:
         """Has a block's parameters in their places, and keeps them there until ``release``."""
         if budget.nbytes is not None and name not in self._loads:
             budget.make_room(self.blocks[name].nbytes, self)
         with self._lock:
+            self.policy.ahead = getattr(self._here, "ahead", self._ahead)
             access = self.policy.acquire(name, threading.get_ident())
             self.statistics.hits += access.hit
             self.statistics.prefetched += access.prefetched
@@ -169,6 +182,7 @@ class ComponentCache:
         self.cancel()
         with self._lock:
             for name in list(self._loads):
+                self.policy.forget(name)
                 self._drop(name)
 
     def keeps_all(self) -> bool:

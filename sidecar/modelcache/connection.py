@@ -285,14 +285,18 @@ def _retain(connection: Connection) -> None:
 def _wait_for_revision(connection: Connection, name: str, deadline: Deadline) -> GetRevisionResponse:
     where = ", ".join(str(endpoint) for endpoint in connection.endpoints)
     said_at = started = time.monotonic()
+    problem: Exception | None = None
     while True:
         try:
             response = connection.revision("", deadline)
             if response.active.digest:
                 return response
-            problem: Exception = NotReady("it has no active revision yet")
-        except (LaneBroken, NotReady, Unavailable) as error:
+            problem = NotReady("it has no active revision yet")
+        except (LaneBroken, NotReady) as error:
             problem = error
+        except Unavailable as error:
+            # The time ended in the middle of a round: the round before says what is wrong.
+            problem = problem or error
         now = time.monotonic()
         if now - said_at >= _SAY_SECONDS:
             said_at = now
@@ -308,7 +312,9 @@ def _wait_for_revision(connection: Connection, name: str, deadline: Deadline) ->
 
 def _check_name(name: str, response: GetRevisionResponse, endpoints: tuple[Endpoint, ...]) -> None:
     """A repoId must be the one that is served; a ModelCache's name found the server already."""
-    served = response.source.repo_id
+    served, active = response.source.repo_id, response.active.name
+    if name and not is_repo_id(name) and active and name != active:
+        logger.warning("%s serves %r; it is used for %r, as its address was given.", endpoints[0], active, name)
     if is_repo_id(name) and name.removeprefix("hf://") != served.removeprefix("hf://"):
         raise AddressError(f"{endpoints[0]} serves {served!r}, not {name!r}: correct address= or the name.")
 

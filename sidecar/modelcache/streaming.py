@@ -17,6 +17,7 @@ from modelcache.cache import ComponentCache
 from modelcache.connection import connect
 from modelcache.deadline import Deadline
 from modelcache.device import copier
+from modelcache.errors import Cancelled
 from modelcache.hooks import guard, stream_block, time_calls
 from modelcache.layers import LayerPolicy
 from modelcache.lease import LeaseKeeper
@@ -220,9 +221,9 @@ class StreamingModel:
             prefetch_count: how many; None: as the model was made with.
             kwargs: of the transformers model.
         """
-        ahead = self._ahead if prefetch_count is None else prefetch_count
-        self._session.cache.policy.ahead = ahead if enable_prefetch else 0
-        return await asyncio.to_thread(self, *args, **kwargs)
+        count = self._ahead if prefetch_count is None else prefetch_count
+        _check_limits(None, None, count)
+        return await asyncio.to_thread(self._call_reading_ahead, count if enable_prefetch else 0, args, kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generates tokens as the transformers model does; each token runs, and so may stream, the whole model.
@@ -321,7 +322,12 @@ class StreamingModel:
 
         Returns:
             Whether it was another one. ``model`` is then another object.
+
+        Raises:
+            Cancelled: after ``cleanup()``.
         """
+        if not self._finalizer.alive:
+            raise Cancelled("The model was cleaned up and cannot be refreshed; create it anew.")
         connection = self._session.snapshot.connection
         response = connection.revision(self.digest, Deadline(timeout))
         if response.active.digest == self.digest:
@@ -379,8 +385,14 @@ class StreamingModel:
             f"{here}, {cache.held_bytes() / 2**20:.0f} MiB>"
         )
 
+    def _call_reading_ahead(self, count: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with self._session.cache.reading_ahead(count):
+            return self(*args, **kwargs)
+
     def _run_method(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        return self._run(lambda model: getattr(model, name)(*args, **kwargs))
+        result = self._run(lambda model: getattr(model, name)(*args, **kwargs))
+        # eval() and its like return the model; alone it would outlive the session that it reads from.
+        return self if result is self.model else result
 
     def _run(self, call: Callable[[PreTrainedModel], Any]) -> Any:
         session = self._session

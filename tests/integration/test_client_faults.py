@@ -199,6 +199,16 @@ def test_a_server_that_never_comes_is_not_ready():
         StreamingBertModel("bert-tiny", address=f"127.0.0.1:{free_port()}", wait_timeout=0.5)
 
 
+def test_why_a_server_never_came_is_said():
+    with pytest.raises(NotReady, match=r"[Rr]efused"):
+        StreamingBertModel("bert-tiny", address=f"127.0.0.1:{free_port()}", wait_timeout=1.5)
+
+
+def test_another_name_than_the_servers_is_said(server, caplog):
+    StreamingBertModel("something-else", address=server.address).cleanup()
+    assert "something-else" in caplog.text
+
+
 def test_a_repository_must_be_the_one_that_is_served(server):
     with pytest.raises(modelcache.AddressError, match="serves 'org/name', not 'other/model'"):
         StreamingBertModel("other/model", address=server.address)

@@ -74,8 +74,9 @@ def start(volume, ports):
 
 
 @pytest.mark.usefixtures("over_the_wire")
-def test_bert_base_is_equal_over_http(tmp_path):
-    folder = cached_bert(BertFiles(config=BASE, data_offset=24))
+@pytest.mark.parametrize("data_offset", [0, 8, 16, 24])
+def test_bert_base_is_equal_over_http(tmp_path, data_offset):
+    folder = cached_bert(BertFiles(config=BASE, data_offset=data_offset))
     fetch_folder(folder, tmp_path / "volume", "bert")
     ids = torch.arange(1000, 1024).view(1, 24)
     wanted = outputs(BertModel.from_pretrained(folder), ids)

@@ -99,9 +99,11 @@ def test_equal_with_padding_types_positions_and_all_outputs(serve):
         assert_same(model(ids, **arguments), expected(server.folder, ids, **arguments, **eager))
 
 
-def test_equal_on_the_real_minilm():
-    ids = tokens(2, 40, 30000)
-    with FaultyServer(minilm()) as server, StreamingBertModel("x", 2, address=server.address) as model:
+@pytest.mark.parametrize("cache_size", [1, 3, None])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_equal_on_the_real_minilm(cache_size, batch):
+    ids = tokens(batch, 40, 30000)
+    with FaultyServer(minilm()) as server, StreamingBertModel("x", cache_size, address=server.address) as model:
         for _ in range(2):
             assert_same(model(ids), expected(minilm(), ids))
 
@@ -326,3 +328,34 @@ def test_models_of_one_server_share_its_connections(serve):
 def test_an_argument_of_surfing_weights_says_what_to_write_instead():
     with pytest.raises(TypeError, match="address="):
         StreamingBertModel("prajjwal1/bert-tiny", websocket_uri="ws://localhost:8765", cache_size=2)
+
+
+def test_eval_gives_the_streaming_model_back(serve):
+    server = serve()
+    model = StreamingBertModel("bert", 1, address=server.address).eval()
+    assert_same(model(tokens()), expected(server.folder, tokens()))
+    assert model.train(False) is model
+    model.cleanup()
+
+
+def test_how_far_one_pass_reads_ahead_does_not_stick(serve):
+    server = serve(BertFiles(config=SMALL))
+    with StreamingBertModel("bert", 1, address=server.address) as model:
+        asyncio.run(model.forward_async(tokens(), None, None, None, False))
+        before = model.get_inference_stats()["prefetch_hits"]
+        assert_same(
+            asyncio.run(model.forward_async(tokens(), None, None, None, False)), expected(server.folder, tokens())
+        )
+        assert model.get_inference_stats()["prefetch_hits"] <= before + 1  # What was on its way already.
+        model(tokens())
+        model(tokens())
+        assert model.get_inference_stats()["prefetch_hits"] > before + 1
+
+
+def test_a_model_that_was_cleaned_up_says_so(serve):
+    model = StreamingBertModel("bert", address=serve().address)
+    model(tokens())
+    model.cleanup()
+    with pytest.raises(modelcache.Cancelled, match="create it anew"):
+        model.refresh()
+    assert model.get_cache_info()["cached_components"] == []
