@@ -7,11 +7,14 @@ that an Authorization header never reaches a host that it was not meant for.
 
 import base64
 import contextlib
+import functools
 import http.client
 import os
 import socket
 import ssl
+import struct
 import threading
+import time
 import urllib.request
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -24,6 +27,8 @@ from modelcache_fetcher.errors import FetchError, SourceChangedError
 from modelcache_fetcher.sources import LocalLocation
 
 MAX_REDIRECTS = 10
+_PATIENCE = struct.pack("ll", 0, 50_000)
+"""struct timeval of SO_RCVTIMEO: what came within 50 ms is handed on even if it is not all that was asked for."""
 _PRIVATE_HEADERS = frozenset({"authorization", "cookie", "x-amz-security-token", "x-goog-api-key"})
 
 
@@ -75,19 +80,18 @@ class _HttpBody:
         self._transport = transport
         self._connection = connection
         self._response = response
-        self._chunked = response.chunked
-        self._left = response.length
+        self._left = None if response.chunked else response.length
+        self._direct: socket.socket | None = None
 
     def read_into(self, buffer: memoryview) -> int:
+        if self._left == 0:
+            return 0
         try:
-            if self._chunked or self._left is None:
+            if self._left is None:
                 return self._response.readinto(buffer)
-            if self._left == 0:
-                return 0
-            # readinto1 returns what has arrived; readinto would wait until the buffer is full and lose it on a timeout.
-            count: int = self._response.fp.readinto1(buffer[: self._left])
+            count = self._receive(buffer[: self._left])
         except TimeoutError:
-            silent = self._connection.timeout or 0.0
+            silent = self._transport.read_timeout
             raise TransportError(f"no byte came for {silent:.0f} s", silent_seconds=silent) from None
         except (OSError, http.client.HTTPException) as error:
             raise TransportError(f"the connection broke ({_describe(error)})") from None
@@ -96,8 +100,26 @@ class _HttpBody:
         self._left -= count
         return count
 
+    def _receive(self, buffer: memoryview) -> int:
+        if self._direct is None:
+            # The reader behind the response may hold the body's first bytes, but none once it has been asked for more
+            # than it holds. readinto1 returns what has arrived; readinto would lose it on a timeout.
+            count: int = self._response.fp.readinto1(buffer)
+            self._direct = self._connection.receive_directly()
+            return count
+        if isinstance(self._direct, ssl.SSLSocket):
+            return self._direct.recv_into(buffer)
+        waited_from = time.monotonic()
+        while True:
+            try:
+                # One system call for a whole piece, and for less if it does not come in time.
+                return self._direct.recv_into(buffer, len(buffer), socket.MSG_WAITALL)
+            except BlockingIOError:
+                if time.monotonic() - waited_from >= self._transport.read_timeout:
+                    raise TimeoutError from None
+
     def close(self) -> None:
-        whole = self._left == 0 if not self._chunked else self._response.isclosed()
+        whole = self._left == 0 if self._left is not None else self._response.isclosed()
         keep = whole and not self._response.will_close
         self._response.close()
         self._transport.release(self._connection, keep=keep)
@@ -106,13 +128,16 @@ class _HttpBody:
 class _Connection(http.client.HTTPConnection):
     """One connection to a host, perhaps through a proxy; HTTPConnection's parts are enough for both schemes."""
 
-    def __init__(self, target: SplitResult, proxy: SplitResult | None, tls: ssl.SSLContext, timeout: float) -> None:
+    def __init__(
+        self, target: SplitResult, proxy: SplitResult | None, tls: ssl.SSLContext | None, timeout: float
+    ) -> None:
         default = 443 if target.scheme == "https" else 80
         self._target_host, self._target_port = target.hostname or "", target.port or default
-        self._secure = target.scheme == "https"
         self._tls = tls
         self.connected = False
-        self.absolute_urls = proxy is not None and not self._secure
+        # http.client lets go of its socket when the server is going to close the connection after the answer.
+        self.stream: socket.socket | None = None
+        self.absolute_urls = proxy is not None and tls is None
         self.proxy_headers: dict[str, str] = {}
         if proxy is None:
             super().__init__(self._target_host, self._target_port, timeout=timeout)
@@ -121,19 +146,32 @@ class _Connection(http.client.HTTPConnection):
         if proxy.username is not None:
             login = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
             self.proxy_headers["Proxy-Authorization"] = "Basic " + base64.b64encode(login.encode()).decode()
-        if self._secure:
+        if tls is not None:
             self.set_tunnel(self._target_host, self._target_port, headers=self.proxy_headers)
-
-    def wait_at_most(self, seconds: float) -> None:
-        """Fail reads that get no byte for so long."""
-        self.timeout = seconds
-        if self.sock is not None:
-            self.sock.settimeout(seconds)
 
     def connect(self) -> None:
         super().connect()
-        if self._secure:
+        if self._tls is not None:
             self.sock = self._tls.wrap_socket(self.sock, server_hostname=self._target_host)
+        self.stream = self.sock
+        self.stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _PATIENCE)
+
+    def wait_at_most(self, seconds: float) -> None:
+        """Fail when the answer's head does not come for so long."""
+        if self.stream is not None:
+            self.stream.settimeout(seconds)
+
+    def receive_directly(self) -> socket.socket:
+        """The socket, for reading the body without the reader that http.client puts before it.
+
+        Python's own timeouts cost a poll for each read. Without TLS the kernel's timeout does the same, and a read for
+        which it runs out returns what came so far.
+        """
+        if self.stream is None:
+            raise http.client.NotConnected
+        if self._tls is None:
+            self.stream.settimeout(None)
+        return self.stream
 
 
 class HttpTransport:
@@ -146,8 +184,7 @@ class HttpTransport:
 
     def __init__(self, *, connect_timeout: float, read_timeout: float) -> None:
         self._connect_timeout = connect_timeout
-        self._read_timeout = read_timeout
-        self._tls = _tls_context()
+        self.read_timeout = read_timeout
         self._proxies = urllib.request.getproxies_environment()
         self._lock = threading.Lock()
         self._idle: defaultdict[tuple[str, str], list[_Connection]] = defaultdict(list)
@@ -205,9 +242,9 @@ class HttpTransport:
             connection.close()
         for connection in busy:
             # Closing a socket does not wake a thread that reads from it; shutting it down does.
-            if (sock := connection.sock) is not None:
+            if connection.stream is not None:
                 with contextlib.suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)
+                    connection.stream.shutdown(socket.SHUT_RDWR)
 
     def _ask(self, url: str, headers: Mapping[str, str]) -> Answer:
         target = urlsplit(url)
@@ -217,7 +254,7 @@ class HttpTransport:
                 response = self._exchange(connection, target, headers)
             except TimeoutError:
                 self.release(connection, keep=False)
-                waited = self._read_timeout if connection.connected else 0.0
+                waited = self.read_timeout if connection.connected else 0.0
                 what = "no answer came" if connection.connected else "the connection could not be made in time"
                 raise TransportError(f"{what} from {host_of(url)}", silent_seconds=waited) from None
             except (OSError, http.client.HTTPException, UnicodeError) as error:
@@ -236,7 +273,7 @@ class HttpTransport:
             connection.timeout = self._connect_timeout
             connection.connect()
             connection.connected = True
-            connection.wait_at_most(self._read_timeout)
+        connection.wait_at_most(self.read_timeout)
         path = target.path or "/"
         if target.query:
             path = f"{path}?{target.query}"
@@ -255,7 +292,8 @@ class HttpTransport:
                 connection = self._idle[key].pop()
                 self._busy.add(connection)
                 return connection, True
-            connection = _Connection(target, self._proxy_for(target), self._tls, self._connect_timeout)
+            tls = _tls_context() if target.scheme == "https" else None
+            connection = _Connection(target, self._proxy_for(target), tls, self._connect_timeout)
             self._busy.add(connection)
             self._keys[connection] = key
             return connection, False
@@ -318,6 +356,7 @@ def _origin(url: str) -> tuple[str, str, int | None]:
     return parts.scheme, parts.hostname or "", parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
+@functools.cache
 def _tls_context() -> ssl.SSLContext:
     # ssl reads SSL_CERT_FILE and SSL_CERT_DIR itself; the other two are what programs built on requests know.
     for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
