@@ -78,7 +78,7 @@ def stream_file(
         write(data)
     if digest.digest() != file.sha256:
         raise IntegrityError(
-            f"{file.path} differs from what was published. Run `modelcache verify` on the volume.", path=file.path
+            f"{file.path} differs from what was published. Run `modelcache fetch --verify`.", path=file.path
         )
 
 

@@ -186,7 +186,7 @@ def _known_crc(piece: Piece) -> int:
 def _integrity_error(piece: Piece, path: str) -> IntegrityError:
     return IntegrityError(
         f"Tensor {piece.tensor.name!r} of {path} differs from what was published, twice in a row. "
-        "Run `modelcache verify` on the volume; if that finds nothing, the network damages data.",
+        "Run `modelcache fetch --verify` on the volume; if that finds nothing, the network damages data.",
         path=path,
         tensor=piece.tensor.name,
     )

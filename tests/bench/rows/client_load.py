@@ -26,7 +26,7 @@ def load(run: Run) -> dict[str, Pair]:
     before = os.environ.pop("MODELCACHE_VOLUME", None)
     mapped = {
         "mapped": bert.worker("client_load", bert.address, "2", "trust"),
-        "verified": bert.worker("client_load", bert.address, "1", "verify"),
+        "verified": bert.worker("client_load", bert.address, "2", "verify"),
         "load_file": bert.worker("read_load_file", bert.weights),
     }
     if before is not None:

@@ -112,7 +112,7 @@ def test_bytes_that_differ_twice_are_an_error_that_names_tensor_and_file():
 
 def test_a_server_that_knows_of_damage_is_asked_twice():
     source = Source(errors=[CorruptAtServer("bad"), CorruptAtServer("bad")])
-    with pytest.raises(IntegrityError, match="modelcache verify"):
+    with pytest.raises(IntegrityError, match=r"modelcache fetch --verify"):
         read(source)
 
 
