@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,12 +66,18 @@ class Downloader:
         self._concurrency = concurrency
         self._progress = progress
         self._deadline = deadline
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        # One condition for each who waits: to wake everybody for every piece costs more than to receive it.
+        self._ranges_changed = threading.Condition(self._lock)
+        self._pieces_changed = threading.Condition(self._lock)
+        self._ended = threading.Condition(self._lock)
         self._waiting: deque[Transfer] = deque()
         self._open: list[Transfer] = []
         self._to_hash: deque[Transfer] = deque()
         self._unfinished = 0
         self._ahead = 0
+        self._full = False
+        self._executor = ThreadPoolExecutor(max_workers=_hashers(), thread_name_prefix="hash")
         self._failure: BaseException | None = None
         self._stopped = False
         self._hold_until = 0.0
@@ -91,22 +98,21 @@ class Downloader:
         self._unfinished = len(self._waiting)
         receivers = min(self._concurrency, max(1, self._unfinished * 64))
         workers = [threading.Thread(target=self._guard, args=(self._receive_ranges,)) for _ in range(receivers)]
-        hashers = min(4, os.cpu_count() or 1)
-        workers += [threading.Thread(target=self._guard, args=(self._hash_files,)) for _ in range(hashers)]
+        workers += [threading.Thread(target=self._guard, args=(self._hash_files,)) for _ in range(_hashers())]
         try:
             for worker in workers:
                 worker.start()
-            with self._changed:
+            with self._lock:
                 while self._unfinished and self._failure is None:
-                    self._changed.wait(0.5)
+                    self._ended.wait(0.5)
         finally:
-            with self._changed:
-                self._stopped = True
-                self._changed.notify_all()
+            with self._lock:
+                self._stop()
             self._requester.transport.close()
             for worker in workers:
                 if worker.ident is not None:
                     worker.join()
+            self._executor.shutdown()
             for transfer in self._open:
                 transfer.close()
         if self._failure is not None:
@@ -116,11 +122,16 @@ class Downloader:
         try:
             work()
         except BaseException as error:  # noqa: BLE001 - handed to the thread that called run
-            with self._changed:
+            with self._lock:
                 if self._failure is None and not self._stopped:
                     self._failure = error
-                self._stopped = True
-                self._changed.notify_all()
+                self._stop()
+
+    def _stop(self) -> None:
+        """End all threads; the lock is held."""
+        self._stopped = True
+        for condition in (self._ranges_changed, self._pieces_changed, self._ended):
+            condition.notify_all()
 
     # Receivers
 
@@ -141,12 +152,12 @@ class Downloader:
     def _take_range(self) -> tuple[Transfer, int, int] | None:
         """The next range to fetch; waits until there is one, None when there will be none."""
         while True:
-            with self._changed:
+            with self._lock:
                 if self._stopped or not self._unfinished:
                     return None
                 transfer = self._choose()
                 if transfer is None:
-                    self._changed.wait(0.5)
+                    self._ranges_changed.wait(0.5)
                     continue
                 transfer.active += 1
                 if not transfer.pending:
@@ -160,7 +171,7 @@ class Downloader:
     def _choose(self) -> Transfer | None:
         """Spread over files, so that hashing runs in parallel; what a hasher waits for may always be taken."""
         ready = [each for each in self._open if each.pending and not each.starting_over]
-        room = self._ahead < WINDOW_BYTES
+        room = not self._full
         ready = [each for each in ready if room or each.pending[0][0] <= each.frontier + PIECE_BYTES]
         if self._waiting and room and (not ready or len(self._open) < min(4, self._concurrency)):
             transfer = self._waiting.popleft()
@@ -183,12 +194,12 @@ class Downloader:
         with space_errors(transfer.part.parent, f"storing {transfer.file.path}", transfer.file.size):
             transfer.open()
         self._progress.found(transfer.pieces.total)
-        with self._changed:
+        with self._lock:
             self._offer(transfer)
-            self._changed.notify_all()
+            self._ranges_changed.notify_all()
 
     def _leave(self, transfer: Transfer) -> None:
-        with self._changed:
+        with self._lock:
             transfer.active -= 1
             self._reset_if_due(transfer)
 
@@ -300,15 +311,16 @@ class Downloader:
             transfer.log.append(piece)
         pagecache.start_writeback(transfer.fd, offset, len(data))
         self._progress.received(len(data))
-        with self._changed:
+        with self._lock:
             transfer.pieces.add(piece)
             self._ahead += piece.length
+            self._full = self._full or self._ahead >= WINDOW_BYTES
             self._offer(transfer)
 
     def _hold(self, transfer: Transfer, failure: RetryError) -> None:
         """All receivers wait when the source says that there are too many requests."""
         wait = failure.wait if failure.wait is not None else self._limits.backoff_cap
-        with self._changed:
+        with self._lock:
             until = time.monotonic() + wait
             self._rate_limited_seconds += max(0.0, until - max(self._hold_until, time.monotonic()))
             total = self._rate_limited_seconds
@@ -331,9 +343,9 @@ class Downloader:
             self._sleep(left)
 
     def _sleep(self, seconds: float) -> None:
-        with self._changed:
+        with self._lock:
             if not self._stopped:
-                self._changed.wait(seconds)
+                self._ended.wait(seconds)
         self._check()
 
     def _check(self) -> None:
@@ -348,28 +360,30 @@ class Downloader:
     # Hashers
 
     def _hash_files(self) -> None:
-        buffer = memoryview(bytearray(PIECE_BYTES))
+        # One is hashed while the next is read.
+        buffers = [memoryview(bytearray(PIECE_BYTES)) for _ in range(2)]
         while (transfer := self._take_to_hash()) is not None:
-            for _ in range(_HASH_TURN):
-                if not self._hash_piece(transfer, buffer):
+            for turn in range(_HASH_TURN):
+                if not self._hash_piece(transfer, buffers[turn % 2]):
                     break
+            transfer.reader.wait()
             complete = transfer.frontier == transfer.file.size and not transfer.starting_over
             if complete:
                 self._complete(transfer)
-            with self._changed:
+            with self._lock:
                 transfer.being_hashed = False
                 if not transfer.done:
                     self._offer(transfer)
                     self._reset_if_due(transfer)
 
     def _take_to_hash(self) -> Transfer | None:
-        with self._changed:
+        with self._lock:
             while True:
                 if self._stopped or not self._unfinished:
                     return None
                 if self._to_hash:
                     return self._to_hash.popleft()
-                self._changed.wait(0.5)
+                self._pieces_changed.wait(0.5)
 
     def _offer(self, transfer: Transfer) -> None:
         """Queue a transfer whose next bytes in order are there; the lock is held."""
@@ -378,11 +392,11 @@ class Downloader:
         if transfer.frontier == transfer.file.size or transfer.pieces.at(transfer.frontier) is not None:
             transfer.being_hashed = True
             self._to_hash.append(transfer)
-            self._changed.notify_all()
+            self._pieces_changed.notify()
 
     def _hash_piece(self, transfer: Transfer, buffer: memoryview) -> bool:
         """Hash the next piece in order; False if it is not there."""
-        with self._changed:
+        with self._lock:
             piece = None if transfer.starting_over or self._stopped else transfer.pieces.at(transfer.frontier)
         if piece is None:
             return False
@@ -391,22 +405,23 @@ class Downloader:
         kept = piece.offset in transfer.kept
         if got != piece.length or (kept and crc32c.crc32c(data) != piece.crc32c):
             # An earlier run wrote it, and a power failure came before the disk had it.
-            with self._changed:
+            with self._lock:
                 transfer.pieces.remove(piece)
                 transfer.add_range(piece.offset, piece.end)
                 self._behind(transfer, piece)
-                self._changed.notify_all()
+                self._ranges_changed.notify_all()
             self._progress.found(-piece.length)
             return False
         try:
-            transfer.reader.update(data)
+            transfer.reader.begin_update(data, self._executor)
         except BadWeights as error:
             self._start_over(transfer, FetchError(Reason.BAD_WEIGHTS, str(error), path=transfer.file.path))
             return False
-        with self._changed:
+        with self._lock:
             transfer.frontier = piece.end
             self._behind(transfer, piece)
-            self._changed.notify_all()
+            if transfer.pending and transfer.pending[0][0] <= transfer.frontier + PIECE_BYTES:
+                self._ranges_changed.notify()
         if transfer.frontier - transfer.released >= 2 * _RELEASE_BYTES:
             pagecache.drop_written(transfer.fd, transfer.released, _RELEASE_BYTES)
             transfer.released += _RELEASE_BYTES
@@ -414,9 +429,13 @@ class Downloader:
 
     def _behind(self, transfer: Transfer, piece: Piece) -> None:
         """A piece no longer waits in memory; the lock is held."""
-        if piece.offset not in transfer.kept:
-            self._ahead -= piece.length
-        transfer.kept -= {piece.offset}
+        if piece.offset in transfer.kept:
+            transfer.kept.discard(piece.offset)
+            return
+        self._ahead -= piece.length
+        if self._full and self._ahead <= WINDOW_BYTES // 2:
+            self._full = False
+            self._ranges_changed.notify_all()
 
     def _complete(self, transfer: Transfer) -> None:
         try:
@@ -435,11 +454,13 @@ class Downloader:
     def _completed(self, transfer: Transfer, received: Received) -> None:
         self._on_complete(received, transfer.part)
         self._progress.file_done()
-        with self._changed:
+        with self._lock:
             transfer.done = True
             self._open.remove(transfer)
             self._unfinished -= 1
-            self._changed.notify_all()
+            self._ranges_changed.notify()
+            if not self._unfinished:
+                self._stop()
 
     def _start_over(self, transfer: Transfer, problem: FetchError) -> None:
         """Fetch a file once more from its first byte: what came may have been spoilt on the way."""
@@ -447,7 +468,7 @@ class Downloader:
             # Kept bytes would only fail again; a later run begins with none.
             transfer.forget_log()
             raise problem
-        with self._changed:
+        with self._lock:
             transfer.restarts += 1
             transfer.starting_over = True
 
@@ -458,7 +479,7 @@ class Downloader:
                 if piece.offset >= transfer.frontier:
                     self._behind(transfer, piece)
             self._progress.found(-transfer.reset())
-            self._changed.notify_all()
+            self._ranges_changed.notify_all()
 
 
 @dataclass
@@ -472,6 +493,10 @@ class _Patience:
 
 class _StoppedError(Exception):
     """Ends a worker's thread because another one failed."""
+
+
+def _hashers() -> int:
+    return min(4, os.cpu_count() or 1)
 
 
 def _fill(body: Body, buffer: memoryview) -> tuple[int, TransportError | None]:

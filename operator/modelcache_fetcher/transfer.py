@@ -6,6 +6,7 @@ Only the downloader touches a transfer, under its lock where threads share it.
 import bisect
 import contextlib
 import os
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,11 +59,31 @@ class ContentReader:
         self._hasher = SourceHasher(file.size, sorted(wanted))
         self._indexer = SafetensorsIndexer(file.path, file.size) if file.path.endswith(".safetensors") else None
 
+        self._hashing: Future[None] | None = None
+
     def update(self, data: memoryview) -> None:
         """Take the next bytes, in order. Raises BadWeights as soon as they cannot be a weight file."""
         self._hasher.update(data)
         if self._indexer is not None:
             self._indexer.update(data)
+
+    def begin_update(self, data: memoryview, executor: Executor) -> None:
+        """Like ``update``, but hashing goes on in another thread.
+
+        Args:
+            data: Must stay as it is until the next call of a method has returned.
+            executor: Runs it.
+        """
+        if self._indexer is not None:
+            self._indexer.update(data)
+        self.wait()
+        self._hashing = executor.submit(self._hasher.update, data)
+
+    def wait(self) -> None:
+        """Wait until all bytes given so far are hashed."""
+        if self._hashing is not None:
+            self._hashing.result()
+            self._hashing = None
 
     def finish(self, descriptor: int) -> tuple[Received | None, str]:
         """The complete file; or None and what differs from the source's checksums.
@@ -73,6 +94,7 @@ class ContentReader:
         Raises:
             BadWeights: It is no sound weight file.
         """
+        self.wait()
         digests = self._hasher.result()
         for checksum in self._file.checksums:
             found = digests.sha256 if checksum.algorithm == "sha256" else digests.extra[checksum.algorithm]
@@ -107,7 +129,7 @@ class Transfer:
         self.released = 0
         """Bytes whose pages were dropped."""
         self.pieces = PieceMap()
-        self.kept: frozenset[int] = frozenset()
+        self.kept: set[int] = set()
         """Offsets of the pieces that an earlier run has written: they wait on disk, not in memory."""
         self.pending: list[tuple[int, int]] = []
         self.fd = -1
@@ -119,7 +141,7 @@ class Transfer:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         self.reader = ContentReader(self.file)
         self.pieces = load_pieces(self.part, self.file.size)
-        self.kept = frozenset(piece.offset for piece in self.pieces)
+        self.kept = {piece.offset for piece in self.pieces}
         self.fd = os.open(self.part, flags, 0o644)
         self._log = PieceLog(self.part)
         self._plan_ranges()
