@@ -22,7 +22,7 @@ class Progress:
         self._samples: deque[tuple[float, int]] = deque()
 
     def begin(self, phase: str, *, total_bytes: int | None = None, files: int | None = None) -> None:
-        """Enter a phase: "verifying", "planning", "fetching", "publishing" or "done"; new totals start the counters anew."""
+        """Enter a phase: "verifying", "planning", "fetching", "publishing" or "done". Totals start counters anew."""
         with self._lock:
             self._phase = phase
             if total_bytes is not None:
