@@ -9,9 +9,8 @@ FROM ${PYTHON} AS python
 RUN python3 -m venv /opt/modelcache
 ENV PATH=/opt/modelcache/bin:$PATH
 
-# --- What the packages depend on: a layer that changes only with pyproject.toml and constraints.txt
+# --- What the packages depend on: layers that change only when the lists do, not with every line of pyproject.toml
 FROM python AS requirements
-ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /src
 COPY pyproject.toml constraints.txt ./
 RUN python3 -c "import sys, tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
@@ -20,19 +19,25 @@ RUN python3 -c "import sys, tomllib; project = tomllib.load(open('pyproject.toml
      for name, wanted in (argument.split('=') for argument in sys.argv[1:])]" \
     runtime=server,fetch,operator client=torch
 
-# (each stage names the arguments it uses: not every builder hands them on)
-FROM requirements AS runtime-requirements
+FROM python AS pip
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
+WORKDIR /src
+
+# (each stage names the arguments that it uses: not every builder hands them on)
+FROM pip AS runtime-requirements
 ARG PIP_FIND_LINKS
 ARG PIP_INDEX_URL
+COPY --from=requirements /src/runtime.txt /src/constraints.txt ./
 RUN pip install --constraint constraints.txt --requirement runtime.txt && pip uninstall --yes pip setuptools
 
-FROM requirements AS client-requirements
+FROM pip AS client-requirements
 ARG PIP_FIND_LINKS
 ARG PIP_INDEX_URL
+COPY --from=requirements /src/client.txt /src/constraints.txt ./
 RUN pip install --constraint constraints.txt --requirement client.txt && pip uninstall --yes pip setuptools
 
 # --- The packages themselves: a small layer, laid over the other
-FROM requirements AS package
+FROM pip AS package
 ARG PIP_FIND_LINKS
 ARG PIP_INDEX_URL
 COPY . .
