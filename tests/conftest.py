@@ -1,6 +1,7 @@
 """For all tests: nobody's tokens and caches get in, and no program is left behind."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,13 @@ def _own_environment(tmp_path_factory) -> Iterator[None]:
             patch.setenv(name, ",".join(filter(None, [os.environ.get(name), _LOOPBACK])))
         patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf-home")))
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interruptible() -> None:
+    """A run in the background of a shell ignores Ctrl-C, and its children would inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
