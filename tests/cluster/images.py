@@ -39,6 +39,8 @@ CONTEXT = (
     "Dockerfile",
 )
 TARGETS = {"runtime": "modelcache", "client": "modelcache-client"}
+# Without times buildah never finds a layer again that it has built on the image.
+EPOCH = "1970-01-01T00:00:00Z"
 SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -192,7 +194,10 @@ def write_archive(path: Path, name: str, layer: Path, config: dict[str, object])
             "architecture": {"x86_64": "amd64", "aarch64": "arm64"}[platform.machine()],
             "os": "linux",
             "config": config,
-            "history": [{"created_by": "modelcache tests"}],  # one entry for each layer, or buildah adds none to it
+            "created": EPOCH,
+            "history": [
+                {"created": EPOCH, "created_by": "modelcache tests"}
+            ],  # one entry for each layer, or buildah adds none to it
             "rootfs": {"type": "layers", "diff_ids": [f"sha256:{layer_digest}"]},
         }
     ).encode()
