@@ -133,19 +133,18 @@ def _load(
     if volume is not None:
         volume.verify = verify
     source = volume or pinned
-    components = [_component(index, chunk) for index, chunk in enumerate(_chunks(tensors))]
     loader = Loader(pool, workers=connections, name=f"modelcache-load-{name}")
-    loads = [
-        Load(component.name, (component.layout, component.scratch), source, timeout, component)
-        for component in components
-    ]
+    begun: list[tuple[Component, Load]] = []
     found: dict[str, torch.Tensor] = {}
     try:
-        for load in loads:
+        for index, chunk in enumerate(_chunks(tensors)):
+            component = _component(index, chunk)
+            load = Load(component.name, (component.layout, component.scratch), source, timeout, component)
             loader.submit(load)
+            begun.append((component, load))
         with bar:
-            bar.reset(total=sum(component.layout.wire_bytes for component in components))
-            for component, load in zip(components, loads, strict=True):
+            bar.reset(total=sum(component.layout.wire_bytes for component, _ in begun))
+            for component, load in begun:
                 load.done.wait()
                 if load.error is not None:
                     raise load.error
@@ -176,7 +175,8 @@ def _chunks(tensors: Iterable[Stored]) -> Iterator[list[Stored]]:
 
 
 def _component(index: int, tensors: list[Stored]) -> Component:
-    layout = lay_out(tensors)
+    # A request for each chunk: both connections have chunks of their own, so smaller ranges only cost requests.
+    layout = lay_out(tensors, run_bytes=_CHUNK_BYTES)
     bindings = tuple(Binding(each.name, (), Leaf(each), None, _meta(each)) for each in tensors)
     return Component(f"weights.{index}", None, bindings, layout, lay_out(()), layout.nbytes)
 
