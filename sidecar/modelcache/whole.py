@@ -10,7 +10,6 @@ from tqdm.auto import tqdm
 
 from modelcache.architecture import Binding, Component
 from modelcache.connection import connect
-from modelcache.dtypes import torch_dtype
 from modelcache.loader import Load, Loader
 from modelcache.plan import lay_out, select_tensors
 from modelcache.pretrained import load_pretrained
@@ -30,6 +29,8 @@ __all__ = ["from_pretrained", "load_state_dict"]
 
 # Memory is given back in pieces of about this size, once no tensor of a piece is left.
 _CHUNK_BYTES = 64 * 2**20
+# What would stand in modules while a tensor is not loaded: a whole load has no modules.
+_NOWHERE = torch.empty(0, device="meta")
 
 
 def load_state_dict(
@@ -177,9 +178,5 @@ def _chunks(tensors: Iterable[Stored]) -> Iterator[list[Stored]]:
 def _component(index: int, tensors: list[Stored]) -> Component:
     # A request for each chunk: both connections have chunks of their own, so smaller ranges only cost requests.
     layout = lay_out(tensors, run_bytes=_CHUNK_BYTES)
-    bindings = tuple(Binding(each.name, (), Leaf(each), None, _meta(each)) for each in tensors)
+    bindings = tuple(Binding(each.name, (), Leaf(each), None, _NOWHERE) for each in tensors)
     return Component(f"weights.{index}", None, bindings, layout, lay_out(()), layout.nbytes)
-
-
-def _meta(stored: Stored) -> torch.Tensor:
-    return torch.empty(stored.shape, dtype=torch_dtype(stored), device="meta")
