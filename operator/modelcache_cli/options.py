@@ -23,7 +23,7 @@ MINIMUM_CACHE_BYTES = 64 * 2**20
 def default_volume() -> Path:
     """The volume's folder where no option names one."""
     named = os.environ.get(VOLUME_VARIABLE)
-    if named:
+    if named and named != "off":  # "off" tells the client to map no volume; it names no folder.
         return Path(named)
     data = os.environ.get("XDG_DATA_HOME")
     return (Path(data) if data else Path.home() / ".local" / "share") / "modelcache"

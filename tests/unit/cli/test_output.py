@@ -49,6 +49,12 @@ def test_values_that_mean_nothing_are_refused_with_what_to_write(parse, text):
         parse(text)
 
 
+def test_a_client_told_to_map_no_volume_does_not_name_the_commands(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    monkeypatch.setenv("MODELCACHE_VOLUME", "off")
+    assert default_volume() == tmp_path / "modelcache"
+
+
 def test_the_default_volume(monkeypatch, tmp_path):
     monkeypatch.setenv("MODELCACHE_VOLUME", str(tmp_path))
     assert default_volume() == tmp_path
