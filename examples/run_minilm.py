@@ -49,6 +49,36 @@ def prepare_source() -> None:
 
 
 @contextmanager
+def child(command: list[str], environment: dict[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that ends with the block, also when a signal comes while it is being started."""
+    process = None
+    try:
+        with signals_held():
+            process = subprocess.Popen(command, env=environment)
+        yield process
+    finally:
+        if process is not None:
+            stop(process)
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Has SIGINT and SIGTERM take effect at the end of the block."""
+    arrived: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: arrived.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if arrived:
+        signal.raise_signal(arrived[0])
+
+
+@contextmanager
 def modelcache_up(folder: Path) -> Iterator[dict[str, str]]:
     """`modelcache up` as a process of its own, with its volume in the folder; gives the addresses where it serves."""
     ready = folder / "ready.json"
@@ -56,8 +86,7 @@ def modelcache_up(folder: Path) -> Iterator[dict[str, str]]:
         sys.executable, "-m", "modelcache_cli", "up", "-f", str(MANIFEST), "--volume", str(folder / "volume"),
         "--grpc-port", "0", "--http-port", "0", "--metrics-port", "0", "--ready-file", str(ready),
     ]  # fmt: skip
-    server = subprocess.Popen(command)
-    try:
+    with child(command) as server:
         deadline = time.monotonic() + START_SECONDS
         while not ready.exists():
             if server.poll() is not None:
@@ -66,8 +95,6 @@ def modelcache_up(folder: Path) -> Iterator[dict[str, str]]:
                 sys.exit(f"modelcache up was not ready after {START_SECONDS:g} s.")
             time.sleep(0.05)
         yield json.loads(ready.read_text())
-    finally:
-        stop(server)
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -86,11 +113,8 @@ def embed(address: str, folder: Path) -> int:
     environment = {**os.environ, "MODELCACHE_HOME": str(folder / "client"), "MODELCACHE_VOLUME": "off"}
     script = REPOSITORY / "examples" / "embed.py"
     command = [sys.executable, str(script), "--address", address, "--compare-with", str(SOURCE)]
-    client = subprocess.Popen(command, env=environment)
-    try:
+    with child(command, environment) as client:
         return client.wait()
-    finally:
-        stop(client)
 
 
 def terminated(*_: object) -> NoReturn:
