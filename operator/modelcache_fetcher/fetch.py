@@ -184,7 +184,7 @@ class _Run:
         """Take away what is not as it was published; a fetch then brings it again."""
         repo = parse_repo_id(self.spec.repo_id)
         folder = source_folder(repo.canonical, self.spec.endpoint or "")
-        snapshots = [snapshot for snapshot in self.writer.volume.snapshots() if snapshot.folder == folder]
+        snapshots = self.writer.volume.snapshots(folder)
         total = sum({file.sha256: file.size for each in snapshots for file in each.manifest.files}.values())
         self.progress.begin("verifying", total_bytes=total)
         for snapshot in snapshots:

@@ -1,7 +1,6 @@
 """What need not be fetched because the volume has it: whole snapshots of the same plan, files of other revisions."""
 
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from modelcache_fetcher.pieces import PIECE_BYTES
@@ -26,7 +25,7 @@ class Known:
 
 def published_snapshot(volume: Volume, plan: Plan) -> Snapshot | None:
     """The snapshot that is exactly what the plan would make, if it is published and its blobs are there."""
-    for snapshot in _snapshots(volume, plan.folder):
+    for snapshot in volume.snapshots(plan.folder):
         manifest = snapshot.manifest
         same = (manifest.source.repo_id, manifest.source.endpoint) == (plan.repo_id, plan.endpoint)
         commits = {revision.commit for revision in manifest.revisions} | {manifest.source.commit}
@@ -39,7 +38,7 @@ def published_snapshot(volume: Volume, plan: Plan) -> Snapshot | None:
 def known_files(volume: Volume, folder: str) -> dict[tuple[str, ...], Known]:
     """Files of all published snapshots of a source, by every identity that proves equal content."""
     known: dict[tuple[str, ...], Known] = {}
-    for snapshot in _snapshots(volume, folder):
+    for snapshot in volume.snapshots(folder):
         indexed = _indexed_files(snapshot.manifest)
         for number, entry in enumerate(snapshot.manifest.files):
             found = Known(entry, indexed.get(number))
@@ -82,10 +81,6 @@ def read_again(writer: VolumeWriter, folder: str, file: SourceFile, sha256: str)
     if received is None or received.digests.sha256.hex() != sha256:
         return None
     return received
-
-
-def _snapshots(volume: Volume, folder: str) -> Iterable[Snapshot]:
-    return [snapshot for snapshot in volume.snapshots() if snapshot.folder == folder]
 
 
 def _complete(snapshot: Snapshot) -> bool:

@@ -24,7 +24,6 @@ class Stored:
         name: Name of the claim.
         claim: The live claim, if it may be used.
         problem: (reason, message) why it may not, or not yet.
-        is_going: The claim is being deleted: servers have to let it go.
         note: What the user should know although it can be used.
         growing: Growth was asked for and is not done.
     """
@@ -32,7 +31,6 @@ class Stored:
     name: str
     claim: Object | None
     problem: tuple[str, str] | None = None
-    is_going: bool = False
     note: str = ""
     growing: bool = False
 
@@ -91,7 +89,7 @@ def _going(observed: Observed, actions: Actions, name: str) -> Stored:
     if observed.condition("Fetched").get("reason") != "VolumeTerminating":
         actions.notes.append(Note("VolumeTerminating", text, warning=True))
     actions.look_again(2)
-    return Stored(name, None, ("VolumeTerminating", text), is_going=True)
+    return Stored(name, None, ("VolumeTerminating", text))
 
 
 def _create(observed: Observed, actions: Actions, name: str, record: Mapping[str, Any] | None) -> Stored:

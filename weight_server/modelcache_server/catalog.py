@@ -114,7 +114,7 @@ class VolumeOrigin:
 
     def published(self, folder: str) -> list[manifest_pb2.Manifest]:
         """Manifests of one source's snapshots."""
-        return [snapshot.manifest for snapshot in self._volume.snapshots() if snapshot.folder == folder]
+        return [snapshot.manifest for snapshot in self._volume.snapshots(folder)]
 
     def renew_lease(self, digest: str, holder: str) -> None:
         """As `Volume.renew_lease`."""

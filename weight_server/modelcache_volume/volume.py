@@ -117,12 +117,16 @@ class Volume:
         check_format_version(int(text), f"The volume {root}")
         return volume
 
-    def snapshots(self) -> list[Snapshot]:
-        """The published snapshots of all sources; damaged ones are left out (see `damaged`) and logged."""
+    def snapshots(self, folder: str = "") -> list[Snapshot]:
+        """The published snapshots; damaged ones are left out (see `damaged`) and logged.
+
+        Args:
+            folder: Of one source; "": of all.
+        """
         found = []
-        for folder, digest in self._published():
+        for home, digest in self._published(folder):
             try:
-                found.append(self._read_snapshot(folder, digest))
+                found.append(self._read_snapshot(home, digest))
             except CorruptBlob as error:
                 _LOG.warning("%s", error)
             except FileNotFoundError:  # pruned meanwhile
@@ -258,11 +262,11 @@ class Volume:
         """Names of the sources' folders under hub/."""
         return sorted(name for name in _names(self.layout.hub) if is_source_folder(name))
 
-    def _published(self) -> Iterator[tuple[str, str]]:
-        for folder in self.source_folders():
-            for name in sorted(_names(self.layout.manifests(folder))):
+    def _published(self, folder: str = "") -> Iterator[tuple[str, str]]:
+        for home in [folder] if folder else self.source_folders():
+            for name in sorted(_names(self.layout.manifests(home))):
                 if name.endswith(".pb") and is_digest(name.removesuffix(".pb")):
-                    yield folder, name.removesuffix(".pb")
+                    yield home, name.removesuffix(".pb")
 
     def leases(self) -> Iterator[tuple[str, str, float]]:
         """All leases, also old ones: digest, holder, and when it was renewed (seconds since the Unix epoch)."""

@@ -21,10 +21,11 @@ from google.oauth2.service_account import Credentials as ServiceAccount
 
 from modelcache_api.reasons import Reason
 from modelcache_fetcher.errors import FetchError
-from modelcache_fetcher.plan import Checksum, Listing, SourceFile, listing_commit
+from modelcache_fetcher.plan import Checksum, Listing, SourceFile
 from modelcache_fetcher.retry import parse_retry_after
 from modelcache_fetcher.secrets import SERVICE_ACCOUNT, Secrets
 from modelcache_fetcher.sources import HttpLocation
+from modelcache_fetcher.sources.buckets import bucket_listing, folder_prefix, path_below, refuse_revision
 from modelcache_volume.v1.manifest_pb2 import VERIFICATION_CRC32C, VERIFICATION_MD5
 
 _DEFAULT_ENDPOINT = "https://storage.googleapis.com"
@@ -38,7 +39,7 @@ class GcsSource:
 
     def __init__(self, bucket: str, prefix: str, endpoint: str, secrets: Secrets) -> None:
         self._bucket = bucket
-        self._prefix = f"{prefix}/" if prefix else ""
+        self._prefix = folder_prefix(prefix)
         self._endpoint = (endpoint or _DEFAULT_ENDPOINT).rstrip("/")
         self._default_service = not endpoint
         self._secrets = secrets
@@ -48,8 +49,7 @@ class GcsSource:
 
     def list_files(self, revision: str | None) -> Listing:
         """List the objects below the prefix; ``gs://b/abc`` does not take ``abc_copy``."""
-        if revision:
-            raise FetchError(Reason.INVALID_SOURCE, f"A bucket has no revisions; remove revision: {revision}.")
+        refuse_revision(revision)
         doing = f"listing gs://{self._bucket}/{self._prefix}"
         files: list[SourceFile] = []
         try:
@@ -60,19 +60,12 @@ class GcsSource:
             blobs = client.list_blobs(
                 self._bucket, prefix=self._prefix, fields=_FIELDS, timeout=_API_TIMEOUT, retry=None
             )
-            for blob in blobs:
-                path = blob.name[len(self._prefix) :]
-                # Consoles mark folders by empty objects.
-                if path and not path.endswith("/"):
-                    files.append(self._source_file(path, blob))
+            files.extend(
+                self._source_file(path, blob) for blob in blobs if (path := path_below(self._prefix, blob.name))
+            )
         except (api_exceptions.GoogleAPIError, auth_exceptions.GoogleAuthError, OSError, ValueError) as error:
             raise self._explain(error, doing) from None
-        if not files and self._prefix:
-            raise FetchError(
-                Reason.NOT_FOUND,
-                f"The bucket {self._bucket} has no objects below {self._prefix}; name the folder that holds the model.",
-            )
-        return Listing("", listing_commit(files), tuple(files))
+        return bucket_listing(self._bucket, self._prefix, files)
 
     def examine(self, file: SourceFile) -> SourceFile:
         """The listing says all there is to know."""

@@ -26,9 +26,10 @@ from botocore.exceptions import (
 from modelcache_api.reasons import Reason
 from modelcache_fetcher.checksums import ALGORITHMS
 from modelcache_fetcher.errors import FetchError, SourceChangedError
-from modelcache_fetcher.plan import Checksum, Listing, SourceFile, listing_commit
+from modelcache_fetcher.plan import Checksum, Listing, SourceFile
 from modelcache_fetcher.secrets import S3_CREDENTIALS, Secrets
 from modelcache_fetcher.sources import HttpLocation
+from modelcache_fetcher.sources.buckets import bucket_listing, folder_prefix, path_below, refuse_revision
 from modelcache_volume.v1.manifest_pb2 import VERIFICATION_MD5, VERIFICATION_S3_CHECKSUM
 
 _URL_SECONDS = 3600
@@ -64,7 +65,7 @@ class S3Source:
 
     def __init__(self, bucket: str, prefix: str, endpoint: str, secrets: Secrets) -> None:
         self._bucket = bucket
-        self._prefix = f"{prefix}/" if prefix else ""
+        self._prefix = folder_prefix(prefix)
         self._endpoint = endpoint
         self._secrets = secrets
         self._lock = threading.Lock()
@@ -74,26 +75,20 @@ class S3Source:
 
     def list_files(self, revision: str | None) -> Listing:
         """List the objects below the prefix; ``s3://b/abc`` does not take ``abc_copy``."""
-        if revision:
-            raise FetchError(Reason.INVALID_SOURCE, f"A bucket has no revisions; remove revision: {revision}.")
+        refuse_revision(revision)
         files: list[SourceFile] = []
         try:
             client = self._client()
             for page in client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=self._prefix):
                 self._learn_region(page)
-                for item in page.get("Contents", ()):
-                    path = item["Key"][len(self._prefix) :]
-                    # Consoles mark folders by empty objects.
-                    if path and not path.endswith("/"):
-                        files.append(SourceFile(path, item["Size"], item["ETag"].strip('"')))
+                files.extend(
+                    SourceFile(path, item["Size"], item["ETag"].strip('"'))
+                    for item in page.get("Contents", ())
+                    if (path := path_below(self._prefix, item["Key"]))
+                )
         except (BotoCoreError, ClientError) as error:
             raise self._explain(error, f"listing s3://{self._bucket}/{self._prefix}") from None
-        if not files and self._prefix:
-            raise FetchError(
-                Reason.NOT_FOUND,
-                f"The bucket {self._bucket} has no objects below {self._prefix}; name the folder that holds the model.",
-            )
-        return Listing("", listing_commit(files), tuple(files))
+        return bucket_listing(self._bucket, self._prefix, files)
 
     def examine(self, file: SourceFile) -> SourceFile:
         """Ask for the object's version and checksums, which a listing does not have."""
