@@ -265,6 +265,20 @@ class Catalog:
             raise RequestError(Reason.UNKNOWN_REF, f"{ref[:200]!a} is no revision of {announced.snapshot.folder} here.")
         return self.get(newest[1])
 
+    def kept(self) -> list[tuple[manifest_pb2.Manifest, bool]]:
+        """All that `get` gives, each with whether it was active under this server's name; reads manifests."""
+        with self._lock:
+            own = dict(self._own)
+        announced = self.announced
+        active = announced.snapshot.folder if announced else ""
+        return [
+            (manifest, own.get(manifest.digest) == folder)
+            for folder in dict.fromkeys([active, *own.values()])
+            if folder
+            for manifest in self._origin.published(folder)
+            if folder == active or own.get(manifest.digest) == folder
+        ]
+
     def renew_lease(self, digest: str) -> None:
         """Note on the volume that a digest is being read; at most once a minute for each."""
         now = time.monotonic()

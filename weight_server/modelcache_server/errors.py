@@ -13,6 +13,7 @@ class Reason(StrEnum):
 
     REVISION_GONE = "REVISION_GONE"
     NOT_READY = "NOT_READY"
+    UNKNOWN_REPO = "UNKNOWN_REPO"
     UNKNOWN_REF = "UNKNOWN_REF"
     NO_SUCH_FILE = "NO_SUCH_FILE"
     OUT_OF_RANGE = "OUT_OF_RANGE"
@@ -36,6 +37,7 @@ class ReasonInfo:
 REASONS: dict[Reason, ReasonInfo] = {
     Reason.REVISION_GONE: ReasonInfo(grpc.StatusCode.NOT_FOUND, 404, "RevisionGone"),
     Reason.NOT_READY: ReasonInfo(grpc.StatusCode.NOT_FOUND, 503, "NotReady"),
+    Reason.UNKNOWN_REPO: ReasonInfo(grpc.StatusCode.NOT_FOUND, 404, "RepoNotFound"),
     Reason.UNKNOWN_REF: ReasonInfo(grpc.StatusCode.NOT_FOUND, 404, "RevisionNotFound"),
     Reason.NO_SUCH_FILE: ReasonInfo(grpc.StatusCode.INVALID_ARGUMENT, 404, "EntryNotFound"),
     Reason.OUT_OF_RANGE: ReasonInfo(grpc.StatusCode.INVALID_ARGUMENT, 416, "OutOfRange"),

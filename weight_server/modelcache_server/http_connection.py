@@ -136,6 +136,8 @@ class HttpConnection:
                 if head is None:
                     return
                 request = parse_request(head)
+                if request.body_length:
+                    request = replace(request, body=self._read_body(request.body_length))
             except BadRequest as error:
                 self._answer_bad(error)
                 return
@@ -168,6 +170,19 @@ class HttpConnection:
             if not data:
                 return None
             self._buffer += data
+
+    def _read_body(self, length: int) -> bytes:
+        deadline = time.monotonic() + self._limits.header_seconds
+        while len(self._buffer) < length:
+            try:
+                data = self._stream.receive(max(deadline - time.monotonic(), 0.001))
+            except TimeoutError:
+                data = b""
+            if not data or time.monotonic() > deadline:
+                raise BadRequest(408, "The request's body did not arrive in time.")
+            self._buffer += data
+        body, self._buffer = self._buffer[:length], self._buffer[length:]
+        return body
 
     def _answer(self, request: Request) -> bool:
         """Answer one request; False when the connection must not be used further."""
@@ -224,7 +239,10 @@ class HttpConnection:
             return error_reply(known)
 
     def _answer_bad(self, error: BadRequest) -> None:
-        reply = Reply(error.status, (("Content-Type", "text/plain"),), f"{error}\n".encode(), "BAD_REQUEST")
+        headers = [("Content-Type", "text/plain")]
+        if error.status == 405:
+            headers.append(("Allow", "GET, HEAD"))
+        reply = Reply(error.status, tuple(headers), f"{error}\n".encode(), "BAD_REQUEST")
         self._sent = 0
         self._observe(
             Served(self._lane, "-", "-", str(error.status), reply.error, 0, 0.0, self._client, new_request_id())

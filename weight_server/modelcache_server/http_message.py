@@ -7,11 +7,13 @@ from urllib.parse import unquote_to_bytes
 from modelcache_server.errors import Reason, RequestError
 
 MAX_HEADERS = 64
+MAX_BODY_BYTES = 64 * 1024
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([\x21-\x7e]+) HTTP/1\.([01])")
 _HEADER = re.compile(rb"(" + _TOKEN + rb"):[ \t]*([\x20-\x7e\x80-\xff\t]*?)[ \t]*")
 _SINGULAR = frozenset({"host", "content-length", "range", "authorization", "if-range", "transfer-encoding"})
 _RANGE = re.compile(r"bytes=(?:([0-9]{1,19})-([0-9]{0,19})|-([0-9]{1,19}))")
+_LENGTH = re.compile(r"[0-9]{1,19}")
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 
 
@@ -25,7 +27,7 @@ class BadRequest(Exception):
 
 @dataclass(frozen=True)
 class Request:
-    """A request without a body.
+    """A request; only a POST has a body.
 
     Attributes:
         method: as sent; methods are case-sensitive.
@@ -33,6 +35,8 @@ class Request:
         query: what follows "?"; empty without one.
         headers: values by lowercase name; several of one name are joined with ", ".
         keep_alive: whether the client wants the connection kept.
+        body_length: bytes that follow the head.
+        body: those bytes, once they were read.
     """
 
     method: str
@@ -40,6 +44,8 @@ class Request:
     query: str = ""
     headers: dict[str, str] = field(default_factory=dict)
     keep_alive: bool = True
+    body_length: int = 0
+    body: bytes = b""
 
     def segments(self) -> list[str]:
         """The path's decoded components; a slash that was escaped stays inside its component.
@@ -68,7 +74,8 @@ def parse_request(head: bytes) -> Request:
         head: the bytes before `\r\n\r\n`.
 
     Raises:
-        BadRequest: 400 for malformed heads and for bodies, 431 for too many headers, 505 for other versions.
+        BadRequest: 400 for malformed heads and for bodies where none belongs, 405 for uploads, 413 for a body above
+            `MAX_BODY_BYTES`, 431 for too many headers, 505 for other versions.
     """
     line, *rest = head.split(b"\r\n")
     match = _REQUEST_LINE.fullmatch(line)
@@ -84,13 +91,26 @@ def parse_request(head: bytes) -> Request:
     headers = _parse_headers(rest)
     if minor == b"1" and "host" not in headers:
         raise BadRequest(400, "The Host header is missing.")
-    # A body that we would not read could be taken for the next request.
-    if "transfer-encoding" in headers or headers.get("content-length", "0") != "0":
-        raise BadRequest(400, "Requests here have no body.")
+    body_length = _body_length(method, headers)
     wishes = {wish.strip().lower() for wish in headers.get("connection", "").split(",")}
     keep_alive = "close" not in wishes and (minor == b"1" or "keep-alive" in wishes)
     path, _, query = target.decode("ascii").partition("?")
-    return Request(method.decode("ascii"), path, query, headers, keep_alive)
+    return Request(method.decode("ascii"), path, query, headers, keep_alive, body_length)
+
+
+def _body_length(method: bytes, headers: dict[str, str]) -> int:
+    """A body that we would not read could be taken for the next request: what is not read ends the connection."""
+    stated = headers.get("content-length", "0")
+    if "transfer-encoding" in headers or not _LENGTH.fullmatch(stated):
+        raise BadRequest(400, "A request's body needs a Content-Length.")
+    length = int(stated)
+    if length and method in {b"GET", b"HEAD"}:
+        raise BadRequest(400, "Requests that read have no body.")
+    if length and method != b"POST":
+        raise BadRequest(405, "This server is read-only.")
+    if length > MAX_BODY_BYTES:
+        raise BadRequest(413, f"The body is longer than {MAX_BODY_BYTES} bytes.")
+    return length
 
 
 def _parse_headers(lines: list[bytes]) -> dict[str, str]:

@@ -1,15 +1,36 @@
-"""What the HTTP lane answers: files of snapshots by digest. Pure: requests in, replies out."""
+"""What the HTTP lane answers: files of snapshots by digest, and the Hub's API. Pure: requests in, replies out."""
 
 from collections.abc import Callable
 
 from modelcache_server.catalog import Catalog
 from modelcache_server.errors import Reason, RequestError
-from modelcache_server.http_connection import FilePart, Reply, error_reply, without_body
-from modelcache_server.http_message import Request, matches_etag, parse_range
-from modelcache_server.store import ServedFile
+from modelcache_server.file_reply import file_reply
+from modelcache_server.http_connection import App, Reply
+from modelcache_server.http_message import Request
 
 Authorize = Callable[[str | None], None]
 """Lets a request with this Authorization header through, or raises RequestError."""
+
+SNAPSHOTS = "/v1/snapshots"
+
+
+def read_only() -> Reply:
+    """The answer to every method that would write."""
+    headers = (("Allow", "GET, HEAD"), ("Content-Type", "text/plain"))
+    return Reply(405, headers, b"read only\n", "METHOD_NOT_ALLOWED")
+
+
+class LaneRoutes:
+    """The HTTP lane: /v1/snapshots for ModelCache's own client, everything else for the Hub's clients."""
+
+    def __init__(self, snapshots: App, hub: App) -> None:
+        self._snapshots = snapshots
+        self._hub = hub
+
+    def __call__(self, request: Request, client: str) -> Reply:
+        """Answer a request."""
+        own = request.path.startswith(SNAPSHOTS) and request.path[len(SNAPSHOTS) :][:1] in {"", "/"}
+        return (self._snapshots if own else self._hub)(request, client)
 
 
 class SnapshotRoutes:
@@ -27,48 +48,13 @@ class SnapshotRoutes:
         del client
         self._authorize(request.headers.get("authorization"))
         if request.method not in {"GET", "HEAD"}:
-            return Reply(
-                405, (("Allow", "GET, HEAD"), ("Content-Type", "text/plain")), b"read only\n", "METHOD_NOT_ALLOWED"
-            )
+            return read_only()
         match request.segments():
             case ["v1", "snapshots", digest, first, *rest]:
                 snapshot = self._catalog.get(digest)
                 file = snapshot.file("/".join([first, *rest]))
                 self._catalog.renew_lease(digest)
-                return self._file(request, file)
+                wanted = request.headers.get("range")
+                return file_reply(request, file, file.sha256.hex(), (self._cache_control,), wanted)
             case _:
                 raise RequestError(Reason.NO_SUCH_FILE, "Files are at /v1/snapshots/DIGEST/PATH.")
-
-    def _file(self, request: Request, file: ServedFile) -> Reply:
-        etag = file.sha256.hex()
-        headers = (
-            ("Content-Type", "application/octet-stream"),
-            ("Accept-Ranges", "bytes"),
-            ("ETag", f'"{etag}"'),
-            self._cache_control,
-        )
-        whole = Reply(200, headers, FilePart(file, 0, file.size))
-        known = request.headers.get("if-none-match")
-        if known is not None and matches_etag(known, etag):
-            return without_body(whole, 304)
-        wanted = request.headers.get("range")
-        condition = request.headers.get("if-range")
-        if condition is not None and not matches_etag(condition, etag):
-            wanted = None
-        if wanted is not None and not file.size:
-            # The only answer to a range of an empty file that all of the Hub's clients take.
-            return Reply(200, (*headers, ("Content-Range", "bytes */0")))
-        try:
-            span = parse_range(wanted, file.size)
-        except RequestError as error:
-            if error.reason is not Reason.OUT_OF_RANGE:
-                raise
-            reply = error_reply(error)
-            return Reply(
-                reply.status, (*reply.headers, ("Content-Range", f"bytes */{file.size}")), reply.body, reply.error
-            )
-        if span is None:
-            return whole
-        offset, length = span
-        content_range = ("Content-Range", f"bytes {offset}-{offset + length - 1}/{file.size}")
-        return Reply(206, (*headers, content_range), FilePart(file, offset, length))

@@ -17,10 +17,11 @@ from modelcache_server.catalog import Catalog, Origin, VolumeOrigin
 from modelcache_server.folder import FolderOrigin
 from modelcache_server.grpc_lane import GrpcServer, Links, WeightsService
 from modelcache_server.http_server import HttpServer
+from modelcache_server.hub_routes import HubRoutes
 from modelcache_server.metrics import Metrics, build_info, gauge, total
 from modelcache_server.reader import BlockReader
 from modelcache_server.redis_tier import RedisTier
-from modelcache_server.routes import Authorize, SnapshotRoutes
+from modelcache_server.routes import Authorize, LaneRoutes, SnapshotRoutes
 from modelcache_server.settings import ServerSettings
 from modelcache_server.status_routes import StatusRoutes
 from modelcache_server.store import BlobStore
@@ -79,8 +80,12 @@ class Server:
             prepare=self._arena.prefault,
             on_first=self._tell_health,
         )
+        private = settings.tokens is not None
         self._http = HttpServer(
-            SnapshotRoutes(self._catalog, self._authorize, private=settings.tokens is not None),
+            LaneRoutes(
+                SnapshotRoutes(self._catalog, self._authorize, private=private),
+                HubRoutes(self._catalog, self._authorize, private=private),
+            ),
             lane="http",
             limits=settings.http,
             observe=self._metrics.served,

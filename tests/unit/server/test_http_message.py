@@ -54,6 +54,10 @@ def test_connections_are_kept_as_the_client_wants(line, connection, kept):
         (["GET / HTTP/1.1", "Host: h", "Content-Length: 5"], 400),
         (["GET / HTTP/1.1", "Host: h", "Content-Length: 0", "Content-Length: 5"], 400),
         (["GET / HTTP/1.1", "Host: h", "Transfer-Encoding: chunked"], 400),
+        (["POST / HTTP/1.1", "Host: h", "Transfer-Encoding: chunked"], 400),
+        (["POST / HTTP/1.1", "Host: h", "Content-Length: -1"], 400),
+        (["POST / HTTP/1.1", "Host: h", "Content-Length: 65537"], 413),
+        (["PUT / HTTP/1.1", "Host: h", "Content-Length: 5"], 405),
         (["GET / HTTP/1.1", *["X: y"] * 65], 431),
     ],
 )
