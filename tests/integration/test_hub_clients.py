@@ -1,0 +1,86 @@
+"""huggingface_hub, old and new, reads from the weight server as from the Hub: same files, same errors."""
+
+import hashlib
+import json
+import os
+import subprocess
+
+import pytest
+
+from modelcache_server import TokenSettings
+from support.hub_world import NAME, REPO, git_oid, hub_files, hub_world
+from support.library_versions import NEWEST, interpreter
+from support.processes import TESTS
+from support.server_security import AUDIENCE, ISSUER, Issuer
+from support.server_volume import running
+
+OLD, NEW = hub_files(1), hub_files(2)
+TAG = "v2.0"
+LFS = (".safetensors", ".onnx")
+VERSIONS = [
+    pytest.param(NEWEST, "2."),
+    pytest.param("hub-1", "1.33", marks=pytest.mark.slow),
+    pytest.param("hub-0_34", "0.34", marks=pytest.mark.slow),
+]
+
+
+def described(files: dict[str, bytes]) -> dict[str, dict[str, object]]:
+    found = {}
+    for path, content in files.items():
+        sha256 = hashlib.sha256(content).hexdigest()
+        etag = sha256 if path.endswith(LFS) else git_oid(content)
+        found[path] = {"size": len(content), "sha256": sha256, "etag": etag}
+    return found
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A model whose tag is asked for, with an earlier revision kept; one server open to all, one behind tokens."""
+    folder = tmp_path_factory.mktemp("clients")
+    issuer = Issuer()
+    issuer.add_ec("key")
+    tokens = TokenSettings(issuer.publish(folder / "jwks.json"), ISSUER, AUDIENCE, ("default/reader",))
+    with hub_world(folder) as world:
+        previous = world.commit(OLD)
+        world.fetch()
+        active = world.commit(NEW)
+        world.hub.repos[REPO].tags[TAG] = active
+        world.fetch(TAG)
+        with running(world.volume, name=NAME) as server, running(world.volume, name=NAME, tokens=tokens) as guarded:
+            endpoint = f"http://127.0.0.1:{server.addresses.http}"
+            told = {
+                "repo": REPO,
+                "active": active,
+                "previous": previous,
+                "tag": TAG,
+                "names": ["main", TAG, active, active[:7], active[:20]],
+                "files": described(NEW),
+                "old_files": described(OLD),
+                "parameters": 2 * 4194304 + 12345 + 64,
+                # Another name than its file host has, as on the real one: 1.33 follows redirects within a host by itself.
+                "upstream": world.hub.url.replace("127.0.0.1", "localhost"),
+                "guarded": f"http://127.0.0.1:{guarded.addresses.http}",
+                "allowed": issuer.token(),
+                "denied": issuer.token("batch/job"),
+                "expired": issuer.token(seconds=-60),
+            }
+            file = folder / "world.json"
+            file.write_text(json.dumps(told))
+            yield endpoint, file
+
+
+@pytest.mark.parametrize(("version", "begins"), VERSIONS)
+def test_every_way_of_reading_works(world, version, begins, tmp_path):
+    endpoint, told = world
+    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home")}
+    environment |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONWARNINGS": "default"}
+    command = [interpreter(version), str(TESTS / "support" / "hub_checks.py"), str(told)]
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False
+    )
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    failures = [f"--- {line['check']}\n{line['failure']}" for line in lines if line.get("failure")]
+    assert not failures, "\n".join(failures)
+    assert lines, done.stderr
+    assert lines[-1]["version"].startswith(begins), done.stderr[-2000:]
+    assert len(lines) > 45
