@@ -143,8 +143,13 @@ def pod_failure(pod: Object) -> Failure | None:
     return Failure("ContainerFailed", f"The container ended with exit code {code}. {last}".strip(), permanent=False)
 
 
-def obstacle(pod: Object) -> tuple[str, str] | None:
-    """(reason, message) of what keeps a pod from running; None if nothing does."""
+def obstacle(pod: Object, warnings: Mapping[str, Sequence[str]]) -> tuple[str, str] | None:
+    """(reason, message) of what keeps a pod from running; None if nothing does.
+
+    Args:
+        pod: The pod.
+        warnings: Messages of Events by uid: only they tell of volumes, Secrets and ConfigMaps that cannot be mounted.
+    """
     status = pod.get("status") or {}
     for container in status.get("containerStatuses") or []:
         waiting = (container.get("state") or {}).get("waiting") or {}
@@ -160,14 +165,30 @@ def obstacle(pod: Object) -> tuple[str, str] | None:
     for condition in status.get("conditions") or []:
         if condition.get("type") == "PodScheduled" and condition.get("status") == "False":
             return "Unschedulable", f"No node takes the pod: {condition.get('message', '')}"
+    if texts := warnings.get(pod["metadata"]["uid"]):
+        return "MountFailed", f"A volume of the pod cannot be mounted: {texts[-1]}"
     return None
 
 
-def retry_delay(number: int, failed: Failure, retry_seconds: float) -> float:
-    """Seconds from a failure to the next attempt: permanent ones wait the full time, others longer each time."""
+def retry_at(attempt: Attempt, failed: Failure, observed: Observed, retry_seconds: float) -> float:
+    """When a failed attempt is due again, in seconds since the epoch.
+
+    Permanent failures wait the full time, others longer each time; a spec that was changed since is tried at once.
+    """
+    if _annotation(attempt.job, names.GENERATION_ANNOTATION) not in {"", str(observed.generation)}:
+        return attempt.finished
     if failed.permanent:
-        return retry_seconds
-    return min(retry_seconds, TRANSIENT_BASE_SECONDS * float(2 ** min(number - 1, 10)))
+        return attempt.finished + retry_seconds
+    return attempt.finished + min(retry_seconds, TRANSIENT_BASE_SECONDS * float(2 ** min(attempt.number - 1, 10)))
+
+
+def is_made_otherwise(job: Object, wanted: Object) -> bool:
+    """Whether a Job's pods are not what they would be today; a Job's template cannot be changed."""
+    return _annotation(job, names.TEMPLATE_ANNOTATION) not in {"", _annotation(wanted, names.TEMPLATE_ANNOTATION)}
+
+
+def _annotation(job: Object, name: str) -> str:
+    return str((job["metadata"].get("annotations") or {}).get(name, ""))
 
 
 def _terminated(pod: Object) -> Mapping[str, Any]:

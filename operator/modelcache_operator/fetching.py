@@ -59,7 +59,7 @@ def retry_is_due(observed: Observed, settings: Settings) -> bool:
     if last is None or last.state != "failed" or parse_time(record["time"]) > last.finished:
         return False
     failure = attempts.failure(last, observed.pods)
-    return observed.now >= last.finished + attempts.retry_delay(last.number, failure, settings.retry_seconds)
+    return observed.now >= attempts.retry_at(last, failure, observed, settings.retry_seconds)
 
 
 def remembered(observed: Observed, claim: names.Object | None) -> Active | None:
@@ -101,7 +101,7 @@ def fetch(
     key = names.fetch_key(observed.spec, plan["commit"])
     if active is not None and active.record.get("key") == key:
         text = f"{active.files} files, {format_bytes(active.bytes)}, are on the volume and verified."
-        return Fetched(Condition(FETCHED, "True", "Fetched", text), active, plan)
+        return Fetched(Condition(FETCHED, "True", "Fetched", text + stored.note), active, plan)
     if (waiting := _has_to_wait(observed, actions, stored, plan)) is not None:
         return Fetched(waiting, active, plan)
 

@@ -81,6 +81,11 @@ class Observed:
         return str(self.cr["metadata"]["uid"])
 
     @property
+    def generation(self) -> int:
+        """metadata.generation: grows with each change of spec."""
+        return int(self.cr["metadata"].get("generation") or 0)
+
+    @property
     def status(self) -> Mapping[str, Any]:
         """The status that was written last."""
         return self.cr.get("status") or {}

@@ -30,9 +30,13 @@ from modelcache_operator.running import PROGRESS_SECONDS
 
 log = logging.getLogger(__name__)
 
-KEYS_SECONDS = 600.0
+KEYS_SECONDS = 60.0
+"""How long the cluster's public keys are good for all ModelCaches: what is read with each resync is no older."""
 STUCK_SECONDS = 3.0
-"""A Job without a pod, or a claim that is not bound, for longer than this: Events may say why."""
+"""A Job without a pod, a claim that is not bound, a pod that is not set up, for longer than this: Events may say why."""
+RECENT_SECONDS = 180.0
+"""A kubelet repeats what keeps it from setting a pod up at least this often."""
+_MOUNTING = {"FailedMount", "FailedAttachVolume", "FailedMapVolume"}
 
 Key = tuple[str, str]
 
@@ -120,18 +124,21 @@ class Reader:
         claim = observed.claim
         if claim is not None and (claim.get("status") or {}).get("phase") == "Pending":
             stuck.append(claim)
+        stuck += [pod for pod in pods if _is_being_set_up(pod) and _age(pod, observed.now) > STUCK_SECONDS]
         warnings: dict[str, list[str]] = {}
         for obj in stuck:
             uid = obj["metadata"]["uid"]
             fields = f"involvedObject.uid={uid},type=Warning"
             events = await self._kube.list(EVENTS, obj["metadata"]["namespace"], fields=fields)
-            events.sort(key=lambda event: str(event.get("lastTimestamp") or event.get("eventTime") or ""))
+            if obj["kind"] == "Pod":  # what was in the way before is no news, and images are told of in its status
+                events = [e for e in events if e.get("reason") in _MOUNTING and observed.now - _seen(e) < RECENT_SECONDS]
+            events.sort(key=_seen)
             if texts := [str(event.get("message", "")) for event in events]:
                 warnings[uid] = texts
         return warnings
 
     async def _token_keys(self) -> TokenKeys | None:
-        """The cluster's issuer and public keys, read again each ten minutes; the last ones while that fails."""
+        """The cluster's issuer and public keys, read again after a minute; the last ones while that fails."""
         if time.monotonic() - self._keys_read < KEYS_SECONDS:
             return self._keys
         try:
@@ -164,6 +171,17 @@ def _is_in_motion(observed: Observed) -> bool:
 def _verifies_tokens(deployment: Object | None) -> bool:
     containers = ((deployment or {}).get("spec") or {}).get("template", {}).get("spec", {}).get("containers", [])
     return any("--token-key-set" in part for container in containers for part in container.get("command") or [])
+
+
+def _is_being_set_up(pod: Object) -> bool:
+    """Whether a node has taken the pod and none of its containers has run."""
+    return (pod.get("status") or {}).get("phase") == "Pending" and bool(pod["spec"].get("nodeName"))
+
+
+def _seen(event: Object) -> float:
+    """When an Event was seen last."""
+    series = event.get("series") or {}
+    return parse_time(series.get("lastObservedTime") or event.get("lastTimestamp") or event.get("eventTime"))
 
 
 def _age(obj: Object, now: float) -> float:

@@ -107,13 +107,12 @@ def _status(
     served: Served,
     wanted: Sequence[Condition],
 ) -> dict[str, Any]:
-    generation = int(observed.cr["metadata"].get("generation") or 0)
     status: dict[str, Any] = {
-        "observedGeneration": generation,
+        "observedGeneration": observed.generation,
         "conditions": conditions.merge(
             wanted,
             observed.status.get("conditions") or [],
-            generation=generation,
+            generation=observed.generation,
             now=format_time(observed.now),
         ),
         "volume": {"claimName": stored.name},

@@ -42,6 +42,11 @@ class Busy:
     failure: Failure | None = None
     obstacle: tuple[str, str] | None = None
 
+    @property
+    def is_troubled(self) -> bool:
+        """Whether something went wrong that may go wrong again."""
+        return self.failure is not None or self.obstacle is not None
+
 
 @dataclass(frozen=True)
 class Idle:
@@ -101,24 +106,28 @@ def advance(observed: Observed, settings: Settings, actions: Actions, job: JobId
         return _create(observed, actions, slot, build(last.number + 1), last.number + 1, None)
     if last.state == "failed":
         failure = attempts.failure(last, observed.pods)
-        delay = attempts.retry_delay(last.number, failure, settings.retry_seconds)
-        return Failed(failure, last.finished, last.finished + delay, last, slot)
-    return _running(observed, actions, found)
+        due = attempts.retry_at(last, failure, observed, settings.retry_seconds)
+        return Failed(failure, last.finished, due, last, slot)
+    busy = _running(observed, found)
+    if busy.is_troubled and attempts.is_made_otherwise(last.job, build(last.number)):
+        # it may wait for ever for what has been mended in the spec or the chart since: the next one takes its place
+        return _create(observed, actions, slot, build(last.number + 1), last.number + 1, busy.failure)
+    actions.look_again(PROGRESS_SECONDS)
+    actions.awaited.add(busy.job)
+    return busy
 
 
-def _running(observed: Observed, actions: Actions, found: list[Attempt]) -> Busy:
+def _running(observed: Observed, found: list[Attempt]) -> Busy:
     last = found[-1]
     pods = attempts.pods_of(last.job, observed.pods)
     failure = next((f for pod in reversed(pods) if (f := attempts.pod_failure(pod)) is not None), None)
     if failure is None and len(found) > 1 and found[-2].state == "failed":
         failure = attempts.failure(found[-2], observed.pods)
-    obstacle = attempts.obstacle(pods[-1]) if pods else None
+    obstacle = attempts.obstacle(pods[-1], observed.warnings) if pods else None
     warnings = observed.warnings.get(last.uid) or ()
     if obstacle is None and not pods and warnings:
         text = warnings[-1]
         obstacle = ("QuotaExceeded" if "exceeded quota" in text else "PodRefused", text)
-    actions.look_again(PROGRESS_SECONDS)
-    actions.awaited.add(last.job["metadata"]["name"])
     return Busy(last.number, last.job["metadata"]["name"], failure, obstacle)
 
 

@@ -152,7 +152,7 @@ def _condition(observed: Observed, actions: Actions, active: Active | None) -> C
     if refusal is not None:
         return Condition(SERVING, "False", refusal.reason, refusal.message)
     for pod in _server_pods(observed):
-        if (found := attempts.obstacle(pod)) is not None:
+        if (found := attempts.obstacle(pod, observed.warnings)) is not None:
             return Condition(SERVING, "False", *found)
     for condition in status.get("conditions") or []:
         if condition.get("type") == "ReplicaFailure" and condition.get("status") == "True":

@@ -1,6 +1,9 @@
 """A spec with the chart's defaults filled in: what all other builders take."""
 
-from modelcache_api.resource import ModelCacheSpec
+from modelcache_api.kubernetes import Resources
+from modelcache_api.quantities import parse_bytes
+from modelcache_api.resource import ModelCacheSpec, Server
+from modelcache_api.rules import MIB, MINIMUM_CACHE_BYTES, SERVER_OVERHEAD_BYTES
 from modelcache_api.source import parse_repo_id
 from modelcache_operator.settings import Defaults
 
@@ -26,7 +29,7 @@ def effective(spec: ModelCacheSpec, defaults: Defaults) -> ModelCacheSpec:
     )
     server = server.model_copy(
         update={
-            "resources": server.resources if _says(server.resources) else defaults.server_resources,
+            "resources": server.resources if _says(server.resources) else _holding(defaults.server_resources, server),
             "tolerations": server.tolerations or defaults.tolerations,
         }
     )
@@ -43,6 +46,15 @@ def effective(spec: ModelCacheSpec, defaults: Defaults) -> ModelCacheSpec:
             "storage": storage,
         }
     )
+
+
+def _holding(resources: Resources, server: Server) -> Resources:
+    """The chart's resources, of which the memory limit holds the cache that this ModelCache asks for."""
+    limit = resources.limits.get("memory")
+    needed = (server.cache_bytes or MINIMUM_CACHE_BYTES) + SERVER_OVERHEAD_BYTES
+    if limit is None or parse_bytes(limit) >= needed:
+        return resources
+    return resources.model_copy(update={"limits": {**resources.limits, "memory": f"{-(-needed // MIB)}Mi"}})
 
 
 def _says(resources: object) -> bool:

@@ -1,6 +1,7 @@
 """Plan and fetch Jobs: what runs `modelcache-fetch`."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -89,11 +90,9 @@ def fetch_job(
     volume = {"name": "volume", "persistentVolumeClaim": {"claimName": claim}}
     mount = {"name": "volume", "mountPath": pod.VOLUME_PATH}
     placement = pod.fetch_placement(spec, claim, many_nodes=many_nodes)
-    built = _job(
-        cr, spec, settings, job, command, [volume], [mount], placement, deadline=spec.fetch.active_deadline_seconds
-    )
-    built["spec"]["template"]["metadata"]["labels"][names.CLAIM_LABEL] = names.claim_label(claim)
-    return built
+    deadline = spec.fetch.active_deadline_seconds
+    labels = {names.CLAIM_LABEL: names.claim_label(claim)}
+    return _job(cr, spec, settings, job, command, [volume], [mount], placement, deadline=deadline, labels=labels)
 
 
 def _job(
@@ -107,6 +106,7 @@ def _job(
     placement: pod.Placement,
     *,
     deadline: int | None,
+    labels: Mapping[str, str] | None = None,
 ) -> Object:
     arguments = [*command, "--termination-log=/dev/termination-log"]
     environment = [
@@ -134,14 +134,17 @@ def _job(
         settings, job.component, arguments, env=environment, volumeMounts=mounts, resources=resources, **more
     )
     template: Object = {
-        "metadata": {"labels": names.labels(cr["metadata"]["name"], job.component)},
+        "metadata": {"labels": names.labels(cr["metadata"]["name"], job.component) | dict(labels or {})},
         "spec": pod.pod_spec(spec, settings, [main], volumes, placement, restartPolicy="Never"),
     }
     if spec.fetch.service_account_name:
         template["spec"]["serviceAccountName"] = spec.fetch.service_account_name
-    metadata = names.metadata(
-        cr, job.name(cr["metadata"]["name"]), job.component, annotations={names.HOST_ANNOTATION: source_host(spec)}
-    )
+    annotations = {
+        names.HOST_ANNOTATION: source_host(spec),
+        names.GENERATION_ANNOTATION: str(cr["metadata"].get("generation") or 0),
+        names.TEMPLATE_ANNOTATION: names.content_hash(template),
+    }
+    metadata = names.metadata(cr, job.name(cr["metadata"]["name"]), job.component, annotations=annotations)
     metadata["labels"] |= {
         names.KEY_LABEL: job.family,
         names.ROUND_LABEL: str(job.round),

@@ -20,6 +20,7 @@ HOST_ANNOTATION = "modelcache.io/source-host"
 RECONCILE_AT = "modelcache.io/reconcile-at"
 APPLIED_ANNOTATION = "modelcache.io/applied"
 TEMPLATE_ANNOTATION = "modelcache.io/template"
+GENERATION_ANNOTATION = "modelcache.io/generation"
 CACHE_SIZE_ANNOTATION = "modelcache.io/cache-size"
 GROWN_AT_ANNOTATION = "modelcache.io/grown-at"
 

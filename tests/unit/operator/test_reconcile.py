@@ -186,6 +186,82 @@ def test_the_annotation_has_a_failure_tried_again_at_once(component):
     assert world.conditions["Fetched"] == ("True", "Fetched")
 
 
+@pytest.mark.parametrize("component", ["plan", "fetch"])
+@pytest.mark.parametrize(
+    "change",
+    [{"secretRef": {"name": "right"}}, {"storage": {"size": "9Gi"}}, {"fetch": {"env": [{"name": "A", "value": "b"}]}}],
+    ids=["secretRef", "storage", "env"],
+)
+def test_any_change_of_the_spec_has_a_failure_tried_again_at_once_and_only_once(component, change):
+    world = World()
+    world.settle()
+    if component == "fetch":
+        world.finish("plan")
+        world.settle()
+    world.finish(component, reason="AuthFailed")
+    world.settle()
+    world.now += 1
+    world.change(**change)
+    world.settle()
+    assert len(world.running("plan")) == 1
+    world.finish("plan")
+    world.settle()
+    world.finish("fetch", reason="AuthFailed")
+    decision = world.settle()
+    assert not world.running("plan")
+    assert not world.running("fetch")
+    assert 299 <= decision.requeue_after <= 300
+
+
+PULL = {"containerStatuses": [{"image": "x:1", "state": {"waiting": {"reason": "ImagePullBackOff"}}}]}
+
+
+@pytest.mark.parametrize("component", ["plan", "fetch"])
+def test_a_job_that_waits_for_what_was_mended_since_gives_way_to_another(component):
+    """A Job's template cannot be changed: without this one it would wait for its image for ever."""
+    world = World()
+    world.settle()
+    if component == "fetch":
+        world.finish("plan")
+        world.settle()
+    [stuck] = world.running(component)
+    world.pod_of(stuck, phase="Pending", **PULL)
+    world.change(server={"replicas": 2})
+    world.settle()
+    assert world.running(component) == [stuck], "nothing that its pods are made of has changed"
+    world.change(fetch={"imagePullSecrets": [{"name": "pull"}]})
+    world.settle()
+    [other] = world.running(component)
+    assert other["metadata"]["name"] != stuck["metadata"]["name"]
+    assert other["spec"]["template"]["spec"]["imagePullSecrets"] == [{"name": "pull"}]
+
+
+def test_another_image_in_the_chart_replaces_jobs_that_cannot_pull_the_old_one_and_no_others():
+    from dataclasses import replace
+
+    for trouble in ({}, PULL):
+        world = World()
+        world.settle()
+        [job] = world.running("plan")
+        world.pod_of(job, phase="Pending", **trouble)
+        world.settings = replace(world.settings, image="modelcache:next")
+        world.settle()
+        [running] = world.running("plan")
+        assert (running["metadata"]["name"] == job["metadata"]["name"]) is not bool(trouble)
+
+
+def test_a_fetch_that_runs_well_goes_on_whatever_else_changes():
+    world = World()
+    world.settle()
+    world.finish("plan")
+    world.settle()
+    [job] = world.running("fetch")
+    world.pod_of(job, phase="Running")
+    world.change(fetch={"env": [{"name": "A", "value": "b"}], "concurrency": 2})
+    world.settle()
+    assert world.running("fetch") == [job]
+
+
 def test_the_annotation_looks_at_a_moved_branch_once():
     world = World().to_ready()
     world.annotate("1")
@@ -432,6 +508,17 @@ def test_growth_that_the_class_refuses_is_said_and_the_fetch_tries_with_what_the
     assert world.conditions["Ready"][0] == "True"
 
 
+def test_a_size_that_the_class_refuses_is_said_although_all_is_well():
+    from modelcache_operator.observed import Refusal
+
+    world = World(storage={"size": "5Gi"}).to_ready()
+    world.refusals["PersistentVolumeClaim", "bert-weights"] = Refusal(403, "the class does not support resize")
+    world.change(storage={"size": "9Gi"})
+    world.settle()
+    assert world.conditions == READY
+    assert "could not be grown to 9.0 GiB: the class does not support resize" in world.message("Fetched")
+
+
 def test_the_users_size_counts_and_raising_it_during_a_fetch_does_not_stop_it():
     world = World(storage={"size": "5Gi"})
     world.settle()
@@ -661,6 +748,47 @@ def test_a_quota_that_only_events_tell_of_is_the_reason():
     world.warnings[job["metadata"]["uid"]] = ['pods "x" is forbidden: exceeded quota: small, requested: pods=1']
     world.settle()
     assert world.conditions["Resolved"] == ("False", "QuotaExceeded")
+
+
+def test_a_volume_that_cannot_be_mounted_is_the_reason_for_jobs_and_for_servers():
+    world = World()
+    world.settle()
+    world.finish("plan")
+    world.settle()
+    [job] = world.running("fetch")
+    pod = world.pod_of(job, phase="Pending")
+    world.warnings[pod["metadata"]["uid"]] = ['MountVolume.SetUp failed for volume "ca": configmap "x" not found']
+    world.settle()
+    assert world.conditions["Fetched"] == ("False", "MountFailed")
+    assert 'configmap "x" not found' in world.message("Ready")
+    world.objects.pop(("Pod", pod["metadata"]["name"]))
+    world.finish("fetch")
+    world.settle()
+    labels = {"modelcache.io/component": "server"}
+    server = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "s", "labels": labels}}
+    world.warnings[world.add(server)["metadata"]["uid"]] = ["Multi-Attach error"]
+    world.settle()
+    assert world.conditions["Serving"] == ("False", "MountFailed")
+
+
+def test_snapshots_that_readers_hold_are_waited_for():
+    world = World().to_ready()
+    world.change(revision="v2")
+    world.settle()
+    world.finish("plan")
+    world.settle()
+    world.finish("fetch", reason="SpaceHeldByReaders", permanent=False)
+    decision = world.settle()
+    assert world.conditions["Fetched"] == ("False", "SpaceHeldByReaders")
+    assert world.conditions["Ready"] == ("True", "Serving")
+    assert decision.requeue_after <= 30
+    world.now += 31
+    world.settle()
+    world.finish("plan")
+    world.settle()
+    world.finish("fetch")
+    world.settle()
+    assert world.conditions == READY
 
 
 def test_an_evicted_or_killed_pod_of_a_running_job_is_told_and_the_job_goes_on():

@@ -130,11 +130,19 @@ def test_the_order_of_patterns_asks_for_nothing_new():
 
 
 def test_the_job_gets_the_spec_that_its_program_reads():
-    fields = {"revision": "v1", "allowPatterns": ["*.json"], "fetch": {"concurrency": 3, "stallTimeout": "1m"}}
+    fields = {
+        "revision": "v1",
+        "allowPatterns": ["*.json"],
+        "ignorePatterns": ["x/*"],
+        "endpoint": "http://hub",
+        "revisionHistoryLimit": 7,
+        "fetch": {"concurrency": 3, "stallTimeout": "1m", "activeDeadlineSeconds": 9},
+    }
     [variable] = main_of(fetch_job(**fields))["env"]
     given = ModelCacheSpec.model_validate(json.loads(variable["value"]))
     assert (given.revision, given.allow_patterns, given.fetch.concurrency) == ("v1", ["*.json"], 3)
-    assert given.fetch.stall_timeout == "1m"
+    assert (given.fetch.stall_timeout, given.fetch.active_deadline_seconds) == ("1m", 9)
+    assert (given.ignore_patterns, given.endpoint, given.revision_history_limit) == (["x/*"], "http://hub", 7)
     assert "server" not in variable["value"]
 
 
@@ -372,6 +380,14 @@ def test_defaults_apply_where_the_spec_says_nothing():
     assert own.storage.storage_class_name == "slow"
     assert spec(defaults, repoId="s3://bucket").endpoint is None, "a hub's mirror is no S3 service"
     assert spec(defaults, storage={"existingClaim": "c"}).storage.storage_class_name is None
+
+
+def test_a_default_limit_of_memory_makes_room_for_the_cache_that_is_asked_for():
+    """The arena is allocated whole: the API server checks only limits that stand in the spec itself."""
+    defaults = Defaults.model_validate({"serverResources": {"limits": {"memory": "1Gi", "cpu": "2"}}})
+    built = deployment(defaults=defaults, server={"cacheSize": "4Gi"})
+    assert main_of(built)["resources"]["limits"] == {"memory": "4352Mi", "cpu": "2"}
+    assert main_of(deployment(defaults=defaults))["resources"]["limits"]["memory"] == "1Gi"
 
 
 # --- comparing with what is
