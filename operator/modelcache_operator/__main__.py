@@ -128,7 +128,7 @@ async def _lead(
     kopf_identity: Any = settings.identity
     watching = asyncio.create_task(
         kopf.operator(
-            registry=handlers.registry(controller.queue, kopf_settings),
+            registry=handlers.registry(controller.queue, controller.news, kopf_settings),
             settings=kopf_settings,
             # or kopf asks for the user's name, which a numeric user in a container has not
             identity=kopf_identity,

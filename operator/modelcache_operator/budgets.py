@@ -1,6 +1,7 @@
 """How much may happen at once in the whole cluster: plan and fetch Jobs (also per source host), rollouts."""
 
 import asyncio
+import itertools
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -20,7 +21,10 @@ Key = tuple[str, str]
 
 
 class Budgets:
-    """Hands out turns. Whoever asks holds `lock` until the Job is made, so that no two take the same turn."""
+    """Hands out turns. Whoever asks holds `lock` until the Job is made, so that no two take the same turn.
+
+    Who gets none waits in line: a thousand that ask again and again would be a stampede themselves.
+    """
 
     def __init__(self, kube: Kube, settings: Settings) -> None:
         self.lock = asyncio.Lock()
@@ -29,7 +33,9 @@ class Budgets:
         self._plans = 0
         self._fetches: Counter[str] = Counter()
         self._counted = float("-inf")
+        self._running: dict[Key, int] = {}
         self._rolling: dict[Key, float] = {}
+        self._waiting: dict[Slot, dict[Key, str]] = {"plan": {}, "fetch": {}, "rollout": {}}
 
     async def answer(self, asks: Iterable[Slot], key: Key, host: str) -> dict[Slot, bool]:
         """Whether there is room for each of what is asked; a rollout's turn is taken with the answer."""
@@ -37,28 +43,68 @@ class Budgets:
         for slot in asks:
             if slot == "rollout":
                 answers[slot] = self._take_rollout(key)
-                continue
-            await self._count()
-            if slot == "plan":
-                answers[slot] = self._plans < self._settings.max_plans
             else:
-                answers[slot] = (
-                    self._fetches.total() < self._settings.max_fetches
-                    and self._fetches[host] < self._settings.max_fetches_per_host
-                )
+                await self._count()
+                answers[slot] = self._has_room(slot, host)
+            if answers[slot]:
+                self._waiting[slot].pop(key, None)
+            else:
+                self._waiting[slot].setdefault(key, host)
         return answers
 
     def created(self, job: Object) -> None:
         """A Job was made with a turn."""
-        if _component(job) == names.PLAN:
-            self._plans += 1
-        else:
-            self._fetches[_host(job)] += 1
+        self._add(job)
+        key = (job["metadata"]["namespace"], job["metadata"]["labels"][names.NAME_LABEL])
+        self._running[key] = self._running.get(key, 0) + 1
 
-    def settled(self, key: Key, deployment: Object | None) -> None:
-        """Give a rollout's turn back once the Deployment has rolled."""
+    def settled(self, key: Key, jobs: Iterable[Object], deployment: Object | None) -> list[Key]:
+        """Take back the turns that a key no longer needs.
+
+        Args:
+            key: The ModelCache.
+            jobs: Its Jobs as they are; none if it is gone.
+            deployment: Its Deployment as it is; None if there is none.
+
+        Returns:
+            Who may ask again, as long as they have waited.
+        """
+        woken: list[Key] = []
         if key in self._rolling and (deployment is None or _has_rolled(deployment)):
             del self._rolling[key]
+            woken += self._wake("rollout", None)
+        running = [job for job in jobs if _is_running(job)]
+        before = self._running.pop(key, 0)
+        if running:
+            self._running[key] = len(running)
+        if len(running) < before:
+            self._counted = float("-inf")
+            woken += self._wake("plan", None)
+            for host in {_host(job) for job in jobs} or {""}:
+                woken += self._wake("fetch", host)
+        return woken
+
+    def forget(self, key: Key) -> list[Key]:
+        """The ModelCache is gone; returns who may ask again."""
+        for line in self._waiting.values():
+            line.pop(key, None)
+        return self.settled(key, [], None)
+
+    def _wake(self, slot: Slot, host: str | None) -> list[Key]:
+        """The first in line, and the first of those that wait for the same host: one of them can go on."""
+        line = self._waiting[slot]
+        first = [*itertools.islice(line, 1), *itertools.islice((k for k, h in line.items() if h == host), 1)]
+        for key in first:
+            line.pop(key, None)
+        return first
+
+    def _has_room(self, slot: Slot, host: str) -> bool:
+        if slot == "plan":
+            return self._plans < self._settings.max_plans
+        return (
+            self._fetches.total() < self._settings.max_fetches
+            and self._fetches[host] < self._settings.max_fetches_per_host
+        )
 
     def _take_rollout(self, key: Key) -> bool:
         now = time.monotonic()
@@ -74,10 +120,21 @@ class Budgets:
         self._plans, self._fetches = 0, Counter()
         for namespace in self._settings.namespaces or (None,):
             labels = f"{names.COMPONENT_LABEL} in ({names.PLAN},{names.FETCH})"
-            for job in await self._kube.list(JOBS, namespace, labels=labels):
-                if attempts.read(job).state == "running" and not is_deleting(job):
-                    self.created(job)
+            # finished ones stay for their logs: of many ModelCaches they would be the most
+            for job in await self._kube.list(JOBS, namespace, labels=labels, fields="status.successful=0"):
+                if _is_running(job):
+                    self._add(job)
         self._counted = time.monotonic()
+
+    def _add(self, job: Object) -> None:
+        if _component(job) == names.PLAN:
+            self._plans += 1
+        else:
+            self._fetches[_host(job)] += 1
+
+
+def _is_running(job: Object) -> bool:
+    return attempts.read(job).state == "running" and not is_deleting(job)
 
 
 def _component(job: Object) -> str:

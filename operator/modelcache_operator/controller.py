@@ -20,6 +20,7 @@ from modelcache_operator.conditions import Condition
 from modelcache_operator.errors import ApiError, ApiUnreachable
 from modelcache_operator.kube import MODEL_CACHES, RESOURCES, Kube, Object
 from modelcache_operator.metrics import Metrics
+from modelcache_operator.news import News
 from modelcache_operator.observed import Observed, Refusal, is_deleting
 from modelcache_operator.reading import Reader
 from modelcache_operator.reconcile import Decision, reconcile
@@ -43,6 +44,7 @@ class Controller:
 
     def __init__(self, kube: Kube, reader: Reader, settings: Settings, metrics: Metrics) -> None:
         self.queue: WorkQueue[Key] = WorkQueue()
+        self.news = News()
         self._kube = kube
         self._reader = reader
         self._settings = settings
@@ -80,16 +82,19 @@ class Controller:
         cr = await self._kube.get(MODEL_CACHES, *key)
         if cr is None or is_deleting(cr):  # its children go with it: they have ownerReferences
             self._reader.forget(key)
+            self.news.forget(key)
             self._metrics.forget(key)
-            self._budgets.settled(key, None)
+            self._ask_again(self._budgets.forget(key))
             return None
         try:
             spec = ModelCacheSpec.model_validate(cr["spec"], context={"cluster": True})
         except ValidationError as error:
+            self.news.forget(key)
             await self._write(cr, _invalid(cr, error), [])
             return self._resync()
         observed = await self._reader.observe(cr, effective(spec, self._settings.defaults))
-        self._budgets.settled(key, observed.deployment)
+        self.news.read(key, observed.objects, with_pods=observed.pods_were_read)
+        self._ask_again(self._budgets.settled(key, observed.jobs, observed.deployment))
         decision, is_refused = await self._act(key, observed)
         await self._write(cr, decision.status, decision.notes)
         again = self._resync() if decision.requeue_after is None else decision.requeue_after
@@ -200,6 +205,10 @@ class Controller:
             await self._kube.create(event)
         except (ApiError, ApiUnreachable) as error:
             log.warning("an Event was not written: %s", error, extra={"fields": _name(cr)})
+
+    def _ask_again(self, keys: Iterable[Key]) -> None:
+        for key in keys:
+            self.queue.add(key)
 
     def _failed(self, key: Key, error: Exception) -> None:
         fields = {"namespace": key[0], "name": key[1]}

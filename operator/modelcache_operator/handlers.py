@@ -1,9 +1,11 @@
 """kopf's part: watch streams that wake the queue. Nothing else: its other handlers write finalizers and annotations."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import kopf
 
+from modelcache_operator.news import News
 from modelcache_operator.resources.names import NAME_LABEL
 from modelcache_operator.workqueue import WorkQueue
 
@@ -12,7 +14,7 @@ CHILD_DELAY_SECONDS = 0.05
 """Events of children come in bursts: one reconcile answers them all."""
 
 
-def registry(queue: WorkQueue[tuple[str, str]], settings: kopf.OperatorSettings) -> kopf.OperatorRegistry:
+def registry(queue: WorkQueue[tuple[str, str]], news: News, settings: kopf.OperatorSettings) -> kopf.OperatorRegistry:
     """Handlers that add keys to the queue; children are watched by our label only, chosen by the server."""
     handlers = kopf.OperatorRegistry()
 
@@ -20,17 +22,31 @@ def registry(queue: WorkQueue[tuple[str, str]], settings: kopf.OperatorSettings)
     def login(**kwargs: Any) -> kopf.ConnectionInfo | None:
         return kopf.login_via_client(**kwargs)
 
+    async def is_news(key: tuple[str, str], plural: str, event: Mapping[str, Any]) -> bool:
+        await queue.until_done(key)  # what is being read now is known only then
+        metadata = event["object"]["metadata"]
+        version = str(metadata.get("resourceVersion"))
+        return news.is_news(key, plural, str(metadata.get("uid")), version, deleted=event["type"] == "DELETED")
+
     @kopf.on.event("modelcache.io", "v1alpha1", "modelcaches", registry=handlers)
-    async def model_cache_changed(*, namespace: str | None, name: str, **_: Any) -> None:
-        queue.add((namespace or "", name))
+    async def model_cache_changed(*, namespace: str | None, name: str, event: Mapping[str, Any], **_: Any) -> None:
+        key = (namespace or "", name)
+        if await is_news(key, "modelcaches", event):
+            queue.add(key)
 
-    for plural in CHILDREN:
-
+    def watch(plural: str) -> None:
         @kopf.on.event(plural, registry=handlers, labels={NAME_LABEL: kopf.PRESENT}, id=f"{plural}_changed")
-        async def child_changed(*, namespace: str | None, labels: kopf.Labels, **_: Any) -> None:
-            queue.add_after((namespace or "", labels[NAME_LABEL]), CHILD_DELAY_SECONDS)
+        async def child_changed(
+            *, namespace: str | None, labels: kopf.Labels, event: Mapping[str, Any], **_: Any
+        ) -> None:
+            key = (namespace or "", labels[NAME_LABEL])
+            if await is_news(key, plural, event):
+                queue.add_after(key, CHILD_DELAY_SECONDS)
 
         settings.watching.label_selectors[plural] = NAME_LABEL
+
+    for plural in CHILDREN:
+        watch(plural)
     return handlers
 
 

@@ -46,6 +46,7 @@ class Observed:
         key_set: The ConfigMap by name, ours or not.
         jobs: Jobs with our labels.
         pods: Pods with our labels; empty when nothing is in motion.
+        pods_were_read: Whether something is in motion, so that pods were looked at.
         warnings: Messages of Events by the uid of the object that is stuck.
         slots: Which budgets were asked, and whether there is room.
         refusals: What the API server would not take a moment ago, by (kind, name).
@@ -63,6 +64,7 @@ class Observed:
     key_set: Object | None = None
     jobs: Sequence[Object] = ()
     pods: Sequence[Object] = ()
+    pods_were_read: bool = False
     warnings: Mapping[str, Sequence[str]] = field(default_factory=dict)
     slots: Mapping[Slot, bool] = field(default_factory=dict)
     refusals: Mapping[tuple[str, str], Refusal] = field(default_factory=dict)
@@ -89,6 +91,13 @@ class Observed:
     def status(self) -> Mapping[str, Any]:
         """The status that was written last."""
         return self.cr.get("status") or {}
+
+    @property
+    def objects(self) -> list[Object]:
+        """The ModelCache and all that was found around it."""
+        single = (self.claim, self.deployment, self.key_set)
+        found = [child for child in single if child is not None]
+        return [self.cr, *found, *self.services.values(), *self.jobs, *self.pods]
 
     @property
     def reconcile_at(self) -> str:

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 KEYS_SECONDS = 60.0
 """How long the cluster's public keys are good for all ModelCaches: what is read with each resync is no older."""
 STUCK_SECONDS = 3.0
-"""A Job without a pod, a claim that is not bound, a pod that is not set up, for longer than this: Events may say why."""
+"""A Job without a pod, a claim that is not bound, a pod that is not set up for longer: Events may say why."""
 RECENT_SECONDS = 180.0
 """A kubelet repeats what keeps it from setting a pod up at least this often."""
 _MOUNTING = {"FailedMount", "FailedAttachVolume", "FailedMapVolume"}
@@ -74,7 +74,8 @@ class Reader:
     async def _add_details(self, observed: Observed, selector: str) -> Observed:
         namespace = observed.cr["metadata"]["namespace"]
         pods: Sequence[Object] = ()
-        if _is_in_motion(observed):
+        is_in_motion = _is_in_motion(observed)
+        if is_in_motion:
             pods = await self._kube.list(PODS, namespace, labels=selector)
         is_token = observed.spec.server.access.mode == "Token"
         keys = await self._token_keys() if is_token else None
@@ -82,7 +83,7 @@ class Reader:
         if is_token or _verifies_tokens(observed.deployment):
             key_set = await self._get(CONFIG_MAPS, namespace, names.keys_name(observed.name))
         warnings = {}
-        if pods or _is_in_motion(observed):
+        if is_in_motion:
             warnings = await self._warnings(observed, pods)
         key = (namespace, observed.name)
         progress = announced = None
@@ -94,6 +95,7 @@ class Reader:
             announced = await self._pods.announced(pods)
         values = vars(observed) | {
             "pods": pods,
+            "pods_were_read": is_in_motion,
             "keys": keys,
             "key_set": key_set,
             "warnings": warnings,
@@ -131,7 +133,9 @@ class Reader:
             fields = f"involvedObject.uid={uid},type=Warning"
             events = await self._kube.list(EVENTS, obj["metadata"]["namespace"], fields=fields)
             if obj["kind"] == "Pod":  # what was in the way before is no news, and images are told of in its status
-                events = [e for e in events if e.get("reason") in _MOUNTING and observed.now - _seen(e) < RECENT_SECONDS]
+                events = [
+                    e for e in events if e.get("reason") in _MOUNTING and observed.now - _seen(e) < RECENT_SECONDS
+                ]
             events.sort(key=_seen)
             if texts := [str(event.get("message", "")) for event in events]:
                 warnings[uid] = texts

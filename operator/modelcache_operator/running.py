@@ -12,7 +12,8 @@ from modelcache_operator.resources.jobs import JobId
 from modelcache_operator.resources.names import Object
 from modelcache_operator.settings import Settings
 
-SLOT_WAIT_SECONDS = 5.0
+SLOT_WAIT_SECONDS = 60.0
+"""Whose turn it is is woken; this is only for a turn that nobody saw come free."""
 PROGRESS_SECONDS = 10.0
 
 Build = Callable[[int], Object]

@@ -15,7 +15,8 @@ from modelcache_operator.resources.names import Object
 from modelcache_operator.settings import Settings
 from modelcache_operator.storing import Stored
 
-ROLLOUT_WAIT_SECONDS = 5.0
+ROLLOUT_WAIT_SECONDS = 300.0
+"""As for `running.SLOT_WAIT_SECONDS`; as long as a rollout that hangs holds up the others."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ class WorkQueue(Generic[K]):
         self.base = base
         self.cap = cap
         self._ready: dict[K, None] = {}
-        self._active: set[K] = set()
+        self._active: dict[K, asyncio.Event] = {}
         self._dirty: set[K] = set()
         self._timers: dict[K, asyncio.TimerHandle] = {}
         self._failures: dict[K, int] = {}
@@ -31,6 +31,11 @@ class WorkQueue(Generic[K]):
     def __len__(self) -> int:
         """How many keys are ready to run now (metrics)."""
         return len(self._ready)
+
+    async def until_done(self, key: K) -> None:
+        """Wait until no worker has the key."""
+        if (working := self._active.get(key)) is not None:
+            await working.wait()
 
     def add(self, key: K) -> None:
         """Run the key as soon as a worker is free."""
@@ -78,12 +83,12 @@ class WorkQueue(Generic[K]):
             await self._signal.wait()
         key = next(iter(self._ready))
         del self._ready[key]
-        self._active.add(key)
+        self._active[key] = asyncio.Event()
         return key
 
     def done(self, key: K) -> None:
         """Give a key back that `get` handed out."""
-        self._active.discard(key)
+        self._active.pop(key).set()
         if key in self._dirty:
             self._dirty.discard(key)
             self.add(key)

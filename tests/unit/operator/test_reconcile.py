@@ -682,7 +682,7 @@ def test_an_upgrade_of_the_operator_fetches_nothing_and_rolls_the_servers_in_tur
     world.settings = replace(world.settings, image="modelcache:next")
     world.slots["rollout"] = False
     decision = world.settle()
-    assert decision.requeue_after == 5
+    assert decision.requeue_after == 300
     assert world.deployment()["spec"]["template"]["spec"]["containers"][0]["image"] == "modelcache:test"
     assert world.conditions == READY
     world.slots["rollout"] = True
@@ -708,7 +708,7 @@ def test_budgets_are_asked_before_a_job_is_made_and_a_full_one_is_waited_for():
     world.slots["fetch"] = False
     decision = world.settle()
     assert world.conditions["Fetched"] == ("False", "WaitingForTurn")
-    assert decision.requeue_after == 5
+    assert decision.requeue_after == 60
     world.slots["fetch"] = True
     world.settle()
     assert len(world.running("fetch")) == 1

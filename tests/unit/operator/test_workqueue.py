@@ -104,3 +104,18 @@ def test_under_stress_no_wake_up_is_lost_and_no_key_overlaps(seed):
         assert overlaps == 0
 
     asyncio.run(scenario())
+
+
+def test_whoever_wants_to_know_when_a_key_is_done_is_told_then():
+    async def scenario():
+        queue = WorkQueue()
+        await queue.until_done("a")
+        queue.add("a")
+        key = await queue.get()
+        waiting = asyncio.create_task(queue.until_done("a"))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        queue.done(key)
+        await waiting
+
+    asyncio.run(scenario())
