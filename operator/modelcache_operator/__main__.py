@@ -162,7 +162,7 @@ async def _wait_for_api(kube: Kube, settings: Settings) -> None:
     while True:
         try:
             for namespace in settings.namespaces or (None,):
-                await kube.list(MODEL_CACHES, namespace)
+                await kube.probe(MODEL_CACHES, namespace)
         except ApiUnreachable as error:
             log.warning("waiting for the API server: %s", error)
             await asyncio.sleep(2)

@@ -111,6 +111,10 @@ class Kube:
                 return found
             query["continue"] = token
 
+    async def probe(self, resource: Resource, namespace: str | None) -> None:
+        """Raise what a list would raise, without reading the list."""
+        await self._call("list", resource.plural, "GET", resource.path(namespace), {"limit": "1"})
+
     async def create(self, obj: Object) -> Object:
         """Create an object; 409 AlreadyExists if the name is taken (an apply would adopt a stranger's)."""
         resource = RESOURCES[obj["kind"]]

@@ -68,8 +68,10 @@ class _Calls:
         self._calls = calls
 
     def describe(self) -> list[Metric]:
-        """Nothing beforehand."""
-        return []
+        """The one metric, without samples."""
+        return [
+            CounterMetricFamily("modelcache_operator_api_calls", "Calls of the API server.", labels=["verb", "what"])
+        ]
 
     def collect(self) -> Iterable[Metric]:
         """The calls made so far."""
@@ -84,11 +86,13 @@ class _Calls:
 async def serve(metrics: Metrics, port: int, healthy: Callable[[], bool]) -> web.AppRunner:
     """Serve /metrics, /healthz and /readyz until the runner is cleaned up.
 
-    A standby is ready too: it does what it is there for.
+    A standby is ready too: it does what it is there for. As everywhere, ``name[]`` chooses metrics by name.
     """
 
-    async def show(_: web.Request) -> web.Response:
-        return web.Response(body=generate_latest(metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+    async def show(request: web.Request) -> web.Response:
+        names = request.query.getall("name[]", [])
+        registry = metrics.registry.restricted_registry(names) if names else metrics.registry
+        return web.Response(body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def health(_: web.Request) -> web.Response:
         good = healthy()

@@ -1,13 +1,15 @@
 """Runs in a pod: the unit tests' fake hub behind addresses that the cluster can reach, with a way to make commits.
 
 Commands come as JSON over port 8002: {"commit": {"repo", "branch", "seed", "megabytes"}} answers the commit and the
-weights' SHA-256; {"fault": {…}} spoils requests; {"clear": true} ends all faults; {"downloads": true} answers how many
-bytes of files were asked for.
+weights' SHA-256, with "bert": true they are a small model that transformers can load; {"fault": {…}} spoils requests;
+{"clear": true} ends all faults; {"downloads": true} answers how many files were asked for.
 """
 
+import array
 import contextlib
 import hashlib
 import json
+import math
 import os
 import random
 import socket
@@ -22,12 +24,54 @@ from support.fake_hub import FakeHub
 CONTROL_PORT = 8002
 
 
-def weights(seed, megabytes):
+def plain_weights(commit):
     """A safetensors file of random bytes."""
-    size = megabytes * 2**20
+    size = commit.get("megabytes", 8) * 2**20
     header = json.dumps({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
     header += b" " * (-len(header) % 8)
-    return struct.pack("<Q", len(header)) + header + random.Random(seed).randbytes(size)
+    return struct.pack("<Q", len(header)) + header + random.Random(commit["seed"]).randbytes(size)
+
+
+BERT = {
+    "architectures": ["BertModel"], "model_type": "bert", "vocab_size": 8000, "hidden_size": 32,
+    "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 64,
+    "type_vocab_size": 2, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
+
+
+def bert_shapes():
+    """Names and shapes of the tensors of a BertModel of this configuration."""
+    hidden, inner = BERT["hidden_size"], BERT["intermediate_size"]
+    shapes = {
+        "embeddings.word_embeddings.weight": (BERT["vocab_size"], hidden),
+        "embeddings.position_embeddings.weight": (BERT["max_position_embeddings"], hidden),
+        "embeddings.token_type_embeddings.weight": (BERT["type_vocab_size"], hidden),
+    }
+    linear = {"pooler.dense": (hidden, hidden)}
+    norms = ["embeddings.LayerNorm"]
+    for number in range(BERT["num_hidden_layers"]):
+        layer = f"encoder.layer.{number}"
+        for name in ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"):
+            linear[f"{layer}.{name}"] = (hidden, hidden)
+        linear |= {f"{layer}.intermediate.dense": (inner, hidden), f"{layer}.output.dense": (hidden, inner)}
+        norms += [f"{layer}.attention.output.LayerNorm", f"{layer}.output.LayerNorm"]
+    for name, shape in linear.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    for name in norms:
+        shapes |= {f"{name}.weight": (hidden,), f"{name}.bias": (hidden,)}
+    return shapes
+
+
+def bert_weights(seed):
+    """A safetensors file of a small BertModel with random values."""
+    chance, header, data = random.Random(seed), {}, b""
+    for name, shape in bert_shapes().items():
+        values = array.array("f", (chance.uniform(-0.1, 0.1) for _ in range(math.prod(shape))))
+        begin, data = len(data), data + values.tobytes()
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, len(data)]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + data
 
 
 def forward(port, target):
@@ -66,8 +110,9 @@ def main():
             order = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             answer = {}
             if (commit := order.get("commit")) is not None:
-                content = weights(commit["seed"], commit.get("megabytes", 8))
-                files = {"model.safetensors": content, "config.json": json.dumps({"seed": commit["seed"]}).encode()}
+                config = BERT if commit.get("bert") else {"seed": commit["seed"]}
+                content = bert_weights(commit["seed"]) if commit.get("bert") else plain_weights(commit)
+                files = {"model.safetensors": content, "config.json": json.dumps(config).encode()}
                 sha = hub.commit(commit["repo"], files, branch=commit.get("branch", "main"), token=commit.get("token"))
                 answer = {"commit": sha, "sha256": hashlib.sha256(content).hexdigest()}
             if (fault := order.get("fault")) is not None:

@@ -1,22 +1,14 @@
 """The operator as a process against a real API server with real controllers; only nodes are played."""
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import urllib.request
-from contextlib import contextmanager
 from time import monotonic, sleep
 
 import pytest
 import yaml
 
 from modelcache_api import crd
-from support.api_server import Refused, api_server, controllers, free_port
+from support.api_server import Refused, api_server, controllers
 from support.fake_node import COMMITS, FakeNode
-
-MODELS = "/apis/modelcache.io/v1alpha1/namespaces/{}/modelcaches"
+from support.operating import ModelCache, operator, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -37,119 +29,6 @@ def namespace(server, request):
     name = "t-" + str(abs(hash(request.node.name)))[:12]
     server.create("/api/v1/namespaces", {"metadata": {"name": name}})
     return name
-
-
-class Operator:
-    """The operator's process."""
-
-    def __init__(self, server, log, **environment):
-        self.port = free_port()
-        self.log = log
-        with log.open("a") as errors:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "modelcache_operator"],
-                env={
-                    **os.environ,
-                    "KUBECONFIG": str(server.kubeconfig),
-                    "MODELCACHE_IMAGE": "modelcache:test",
-                    "MODELCACHE_METRICS_PORT": str(self.port),
-                    "PYTHONWARNINGS": "ignore",
-                    **environment,
-                },
-                stderr=errors,
-            )
-
-    def kill(self):
-        self.process.kill()
-        self.process.wait()
-
-    def stop(self):
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(timeout=20)
-
-    def metric(self, name):
-        """Samples by name and labels; none while it does not answer."""
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=5) as response:
-                lines = response.read().decode().splitlines()
-        except OSError:
-            assert self.process.poll() is None, self.log.read_text()[-3000:]
-            return {}
-        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line.startswith(name)}
-
-
-@contextmanager
-def operator(server, tmp_path, **environment):
-    running = Operator(server, tmp_path / "operator.log", **environment)
-    try:
-        yield running
-    except BaseException:
-        print(running.log.read_text()[-6000:])
-        raise
-    finally:
-        if running.process.poll() is None:
-            running.stop()  # gives the Lease back: the next one leads at once
-
-
-def wait_until(ask, seconds=90):
-    deadline = monotonic() + seconds
-    while True:
-        found = ask()
-        if found:
-            return found
-        if monotonic() > deadline:
-            raise TimeoutError("not within the time")
-        sleep(0.1)
-
-
-class ModelCache:
-    def __init__(self, server, namespace, name="bert", **spec):
-        self.server = server
-        self.collection = MODELS.format(namespace)
-        self.path = f"{self.collection}/{name}"
-        self.namespace = namespace
-        body = {"repoId": "org/name", **spec}
-        server.create(
-            self.collection,
-            {"apiVersion": "modelcache.io/v1alpha1", "kind": "ModelCache", "metadata": {"name": name}, "spec": body},
-        )
-
-    def get(self):
-        return self.server.get(self.path)
-
-    def change(self, **spec):
-        return self.server.merge(self.path, {"spec": spec})
-
-    def conditions(self):
-        cr = self.get()
-        generation = cr["metadata"]["generation"]
-        return {
-            c["type"]: (c["status"], c["reason"])
-            for c in cr.get("status", {}).get("conditions", [])
-            if c["observedGeneration"] == generation
-        }
-
-    def wait_for(self, seconds=90, **conditions):
-        def holds():
-            now = self.conditions()
-            return all(value in now.get(type_, ()) for type_, value in conditions.items())
-
-        try:
-            wait_until(holds, seconds)
-        except TimeoutError:
-            raise AssertionError(json.dumps(self.get().get("status"), indent=1)) from None
-        return self.get()
-
-    def children(self):
-        kinds = {
-            "jobs": "/apis/batch/v1", "deployments": "/apis/apps/v1", "services": "/api/v1", "pods": "/api/v1",
-            "persistentvolumeclaims": "/api/v1",
-        }  # fmt: skip
-        return {
-            (plural, item["metadata"]["name"]): item
-            for plural, root in kinds.items()
-            for item in self.server.get(f"{root}/namespaces/{self.namespace}/{plural}")["items"]
-        }
 
 
 def test_apply_to_ready_and_a_rebuild_and_back(server, node, namespace, tmp_path):
@@ -323,6 +202,43 @@ def test_a_stampede_keeps_to_the_budget(server, node, namespace, tmp_path):
                 model.wait_for(UpToDate="True", seconds=90)
     finally:
         node.hold.discard("fetch")
+
+
+def test_an_operator_of_named_namespaces_leaves_the_others_alone(server, node, namespace, tmp_path):
+    other = f"{namespace}-other"
+    server.create("/api/v1/namespaces", {"metadata": {"name": other}})
+    with operator(server, tmp_path, MODELCACHE_NAMESPACES=namespace):
+        stranger = ModelCache(server, other)
+        ModelCache(server, namespace).wait_for(UpToDate="True")
+        assert "status" not in stranger.get()
+        assert not stranger.children()
+        server.delete(stranger.path)
+
+
+def test_an_upgrade_fetches_nothing_again_and_rolls_one_server_after_the_other(server, node, namespace, tmp_path):
+    def images(model):
+        [template] = [o["spec"]["template"] for (kind, _), o in model.children().items() if kind == "deployments"]
+        return template["spec"]["containers"][0]["image"]
+
+    with operator(server, tmp_path):
+        models = [ModelCache(server, namespace, f"m{n}") for n in range(3)]
+        for model in models:
+            model.wait_for(UpToDate="True")
+    ran = node.ran.copy()
+    node.hold.add("server")
+    try:
+        with operator(server, tmp_path, MODELCACHE_IMAGE="modelcache:next", MODELCACHE_MAX_ROLLOUTS="1"):
+            wait_until(lambda: [images(m) for m in models].count("modelcache:next") == 1)
+            sleep(3)
+            assert [images(m) for m in models].count("modelcache:next") == 1
+            assert all(m.conditions()["Ready"][0] == "True" for m in models), "the old ones serve until the new do"
+            node.hold.discard("server")
+            wait_until(lambda: all(images(m) == "modelcache:next" for m in models))
+            for model in models:
+                model.wait_for(UpToDate="True")
+    finally:
+        node.hold.discard("server")
+    assert node.ran == ran
 
 
 def test_a_standby_takes_over_soon_after_a_kill_and_at_once_after_a_stop(server, node, namespace, tmp_path):

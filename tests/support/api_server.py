@@ -10,7 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic, sleep
 
@@ -37,6 +37,7 @@ class ApiServer:
 
     url: str
     folder: Path
+    context: ssl.SSLContext = field(default_factory=ssl._create_unverified_context)
 
     @property
     def kubeconfig(self) -> Path:
@@ -55,15 +56,20 @@ class ApiServer:
         )
         return path
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """What makes a request the administrator's."""
+        return {"Authorization": f"Bearer {TOKEN}"}
+
     def request(self, method, path, body=None, content_type="application/json"):
         request = urllib.request.Request(
             self.url + path,
             method=method,
             data=None if body is None else json.dumps(body).encode(),
-            headers={"Authorization": f"Bearer {TOKEN}", "Content-Type": content_type},
+            headers={**self.headers, "Content-Type": content_type},
         )
         try:
-            with urllib.request.urlopen(request, context=_unverified(), timeout=30) as response:
+            with urllib.request.urlopen(request, context=self.context, timeout=30) as response:
                 return json.loads(response.read() or b"null")
         except urllib.error.HTTPError as error:
             raw = error.read()
@@ -96,13 +102,6 @@ class ApiServer:
         spec = definition["spec"]
         collection = f"/apis/{spec['group']}/{spec['versions'][0]['name']}/{spec['names']['plural']}"
         _wait_until(lambda: self.get(collection), "the CRD is not served")
-
-
-def _unverified():
-    context = ssl.create_default_context()
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    return context
 
 
 def _wait_until(ask, complaint, seconds=START_SECONDS):

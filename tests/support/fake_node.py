@@ -13,7 +13,14 @@ MIB = 2**20
 
 
 class FakeNode:
-    """Watches pods and claims by polling and writes their status, as kubelet and provisioner do."""
+    """Watches pods and claims by polling and writes their status, as kubelet and provisioner do.
+
+    Attributes:
+        ran: How many pods ended, by (component, revision).
+        failures: (reason, exit code) with which pods of a (component, revision) end.
+        hold: Components whose pods are left alone.
+        stuck: By component, (image, status): pods with this image get this status and stay so.
+    """
 
     def __init__(self, server, *, pause=0.1):
         self.server = server
@@ -21,6 +28,7 @@ class FakeNode:
         self.ran = Counter()
         self.failures = {}
         self.hold = set()
+        self.stuck = {}
         self._done = set()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
@@ -56,9 +64,15 @@ class FakeNode:
     def _advance(self, pod):
         metadata = pod["metadata"]
         component = metadata.get("labels", {}).get("modelcache.io/component")
-        if metadata["uid"] in self._done or metadata.get("deletionTimestamp") or component in self.hold:
+        if metadata["uid"] in self._done or metadata.get("deletionTimestamp"):
             return
         path = f"/api/v1/namespaces/{metadata['namespace']}/pods/{metadata['name']}/status"
+        if component in self.stuck and pod["spec"]["containers"][0]["image"] == self.stuck[component][0]:
+            if "podIP" not in pod["status"] and not pod["status"].get("containerStatuses"):
+                self.server.merge(path, {"status": self.stuck[component][1]})
+            return
+        if component in self.hold:
+            return
         self.server.merge(path, {"status": self._status(pod, component)})
         self._done.add(metadata["uid"])
 

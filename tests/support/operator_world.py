@@ -19,7 +19,8 @@ SLOTS = {"plan": True, "fetch": True, "rollout": True}
 class World:
     """One ModelCache and its children."""
 
-    def __init__(self, *, settings=None, **spec):
+    def __init__(self, *, settings=None, name="bert", **spec):
+        self.weights = f"{name}-weights"
         self.settings = settings or Settings(image="modelcache:test")
         self.now = START
         self.ids = itertools.count(1)
@@ -35,7 +36,7 @@ class World:
         self.cr = {
             "apiVersion": "modelcache.io/v1alpha1",
             "kind": "ModelCache",
-            "metadata": {"name": "bert", "namespace": "ns", "uid": "cr-1", "generation": 1},
+            "metadata": {"name": name, "namespace": "ns", "uid": "cr-1", "generation": 1},
             "spec": {"repoId": "org/name", **spec},
         }
 
@@ -60,15 +61,15 @@ class World:
             return [copy.deepcopy(o) for (k, _), o in self.objects.items() if k == kind]
 
         spec = effective(ModelCacheSpec.model_validate(self.cr["spec"]), self.settings.defaults)
-        claim = spec.storage.existing_claim or "bert-weights"
+        claim = spec.storage.existing_claim or self.weights
         values = {
             "cr": copy.deepcopy(self.cr),
             "spec": spec,
             "now": self.now,
             "claim": copy.deepcopy(self.objects.get(("PersistentVolumeClaim", claim))),
-            "deployment": copy.deepcopy(self.objects.get(("Deployment", "bert-weights"))),
+            "deployment": copy.deepcopy(self.objects.get(("Deployment", self.weights))),
             "services": {o["metadata"]["name"]: o for o in of("Service")},
-            "key_set": copy.deepcopy(self.objects.get(("ConfigMap", "bert-weights-keys"))),
+            "key_set": copy.deepcopy(self.objects.get(("ConfigMap", f"{self.weights}-keys"))),
             "jobs": of("Job"),
             "pods": of("Pod"),
             "warnings": self.warnings,
@@ -176,7 +177,7 @@ class World:
         )
 
     def servers_are_up(self):
-        deployment = self.objects["Deployment", "bert-weights"]
+        deployment = self.objects["Deployment", self.weights]
         replicas = deployment["spec"]["replicas"]
         deployment["status"] = {"replicas": replicas, "readyReplicas": replicas, "availableReplicas": replicas}
 
@@ -187,7 +188,7 @@ class World:
         self.settle()
         self.finish("fetch")
         self.settle()
-        if ("Deployment", "bert-weights") in self.objects:
+        if ("Deployment", self.weights) in self.objects:
             self.servers_are_up()
         self.settle()
         return self
@@ -204,7 +205,7 @@ class World:
         return sorted(name for k, name in self.objects if k == kind)
 
     def claim(self):
-        return self.objects["PersistentVolumeClaim", "bert-weights"]
+        return self.objects["PersistentVolumeClaim", self.weights]
 
     def deployment(self):
-        return self.objects["Deployment", "bert-weights"]
+        return self.objects["Deployment", self.weights]
