@@ -1,6 +1,6 @@
 """The examples as a user applies them: all are taken by the API server, those of the hub and of S3 run.
 
-What a test changes in one for this cluster is said where it does so. The hub is a mirror that the chart makes the default
+What a test changes in one for this cluster is said there. The hub is a mirror that the chart makes the default
 of all ModelCaches, so that the examples' own sources need no change.
 """
 

@@ -55,6 +55,13 @@ def test_nested_defaults_are_filled_in_by_the_api_server():
     assert "default" not in spec["storage"]["properties"]["size"]
 
 
+def test_versions_can_be_added_one_stores_and_nothing_is_fixed_about_conversion():
+    spec = crd.custom_resource_definition()["spec"]
+    assert [version["name"] for version in spec["versions"] if version["storage"]] == ["v1alpha1"]
+    assert all(version["served"] and version["schema"] for version in spec["versions"])
+    assert "conversion" not in spec
+
+
 def test_rules_say_what_to_write_instead():
     for path, rules in VALIDATIONS.items():
         for rule in rules:
