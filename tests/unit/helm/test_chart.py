@@ -120,6 +120,7 @@ def test_the_clusters_own_roles_get_model_caches():
         found = objects["ClusterRole", f"release-modelcache-system-{role}", ""]
         assert found["metadata"]["labels"][f"rbac.authorization.k8s.io/aggregate-to-{role}"] == "true"
         assert verbs <= set(found["rules"][0]["verbs"])
+        assert "modelcaches/scale" in found["rules"][0]["resources"], "`kubectl scale` reads before it writes"
 
 
 def test_pods_are_restricted():
@@ -148,6 +149,21 @@ def test_a_disruption_budget_only_where_there_is_more_than_one():
     assert budget["spec"]["selector"]["matchLabels"].items() <= labels.items()
     assert deployment["spec"]["selector"]["matchLabels"].items() <= labels.items()
     assert not any("version" in key for key in deployment["spec"]["selector"]["matchLabels"])
+
+
+def test_the_network_policy_lets_metrics_in_and_what_is_needed_out():
+    [policy] = of_kind(render(), "NetworkPolicy")
+    [deployment] = of_kind(render(), "Deployment")
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    assert policy["spec"]["podSelector"]["matchLabels"].items() <= labels.items()
+    [into] = policy["spec"]["ingress"]
+    assert into == {"ports": [{"port": "metrics", "protocol": "TCP"}]}
+    out = {port["port"] for rule in policy["spec"]["egress"] for port in rule["ports"]}
+    assert out == {53, 443, 6443, 9091}
+    scraped = '--set-json=networkPolicy.metricsFrom=[{"namespaceSelector":{}}]'
+    [policy] = of_kind(render(scraped), "NetworkPolicy")
+    assert policy["spec"]["ingress"][0]["from"] == [{"namespaceSelector": {}}]
+    assert of_kind(render("--set=networkPolicy.enabled=false"), "NetworkPolicy") == []
 
 
 def test_monitoring_is_behind_switches():

@@ -7,6 +7,7 @@ import yaml
 
 from modelcache_api.load import load_manifest
 from modelcache_api.resource import ModelCacheSpec
+from modelcache_operator.resources import names
 
 EXAMPLES = sorted((Path(__file__).parents[3] / "examples/kubernetes").glob("*.yaml"))
 
@@ -21,6 +22,10 @@ def test_an_example_is_what_it_says(path):
     if document["kind"] == "ModelCache":
         load_manifest(path)
         ModelCacheSpec.model_validate(document["spec"], context={"cluster": True})
+        return
+    if document["kind"] == "NetworkPolicy":
+        assert document["spec"]["podSelector"]["matchLabels"].items() <= names.labels("any", names.SERVER).items()
+        assert {port["port"] for rule in document["spec"]["ingress"] for port in rule["ports"]} == {9090, 8080, 9091}
         return
     pod = document["spec"] if document["kind"] == "Pod" else document["spec"]["template"]["spec"]
     assert pod["securityContext"]["runAsNonRoot"] is True
