@@ -11,6 +11,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 import kopf
+from kubernetes.aio.client import Configuration
 
 from modelcache_operator import handlers, logs, metrics, rights
 from modelcache_operator.asking import Pods
@@ -65,14 +66,15 @@ async def run(settings: Settings) -> None:
     shown = Metrics()
     alive = {"ok": True}
     runner = await metrics.serve(shown, settings.metrics_port, lambda: alive["ok"])
-    kube = Kube(await load_configuration(), connections=settings.workers * 2)
+    configuration = await load_configuration()
+    kube = Kube(configuration, connections=settings.workers * 2)
     pods = Pods()
     try:
         await _first_of(stop, _wait_for_api(kube, settings))
         if stop.is_set():
             return
         if not settings.lease_name:
-            await _lead(settings, kube, pods, shown, stop)
+            await _lead(settings, configuration, kube, pods, shown, stop)
             return
         identity = f"{settings.identity}_{uuid.uuid4().hex[:8]}"
         election = Election(kube, settings.operator_namespace, settings.lease_name, identity)
@@ -82,7 +84,7 @@ async def run(settings: Settings) -> None:
         log.info("leading as %s", identity)
         holding = asyncio.create_task(election.hold())
         try:
-            await _lead(settings, kube, pods, shown, stop, holding)
+            await _lead(settings, configuration, kube, pods, shown, stop, holding)
         finally:
             lost = holding.done()
             holding.cancel()
@@ -110,6 +112,7 @@ async def check(settings: Settings) -> int:
 
 async def _lead(
     settings: Settings,
+    configuration: Configuration,
     kube: Kube,
     pods: Pods,
     shown: Metrics,
@@ -128,7 +131,7 @@ async def _lead(
     kopf_identity: Any = settings.identity
     watching = asyncio.create_task(
         kopf.operator(
-            registry=handlers.registry(controller.queue, controller.news, kopf_settings),
+            registry=handlers.registry(controller.queue, controller.news, configuration, kopf_settings),
             settings=kopf_settings,
             # or kopf asks for the user's name, which a numeric user in a container has not
             identity=kopf_identity,

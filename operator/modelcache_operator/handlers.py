@@ -1,26 +1,36 @@
-"""kopf's part: watch streams that wake the queue. Nothing else: its other handlers write finalizers and annotations."""
+"""kopf's part: watch streams that wake the queue. Nothing else: its other handlers write finalizers and annotations.
+
+The streams carry metadata only: that something changed is all they have to tell, as reconcile reads live.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
 import kopf
+from kubernetes.aio.client import Configuration
 
+from modelcache_operator.kube import session
 from modelcache_operator.news import News
 from modelcache_operator.resources.names import NAME_LABEL
 from modelcache_operator.workqueue import WorkQueue
 
 CHILDREN = ("jobs", "deployments", "persistentvolumeclaims", "services", "configmaps", "pods")
+LISTED_AT_ONCE = 100
+"""Objects per page of the first list: they are whole, and a thousand of them are many megabytes."""
 CHILD_DELAY_SECONDS = 0.05
 """Events of children come in bursts: one reconcile answers them all."""
 
 
-def registry(queue: WorkQueue[tuple[str, str]], news: News, settings: kopf.OperatorSettings) -> kopf.OperatorRegistry:
+def registry(
+    queue: WorkQueue[tuple[str, str]], news: News, configuration: Configuration, settings: kopf.OperatorSettings
+) -> kopf.OperatorRegistry:
     """Handlers that add keys to the queue; children are watched by our label only, chosen by the server."""
     handlers = kopf.OperatorRegistry()
 
     @kopf.on.login(registry=handlers)
-    def login(**kwargs: Any) -> kopf.ConnectionInfo | None:
-        return kopf.login_via_client(**kwargs)
+    async def login(**_: Any) -> kopf.AiohttpSession:
+        watching = session(configuration, connections=0, metadata_only=True)
+        return kopf.AiohttpSession(server=configuration.host, aiohttp_session=watching)
 
     async def is_news(key: tuple[str, str], plural: str, event: Mapping[str, Any]) -> bool:
         await queue.until_done(key)  # what is being read now is known only then
@@ -55,6 +65,7 @@ def operator_settings() -> kopf.OperatorSettings:
     settings = kopf.OperatorSettings()
     settings.posting.enabled = False
     settings.scanning.disabled = True
+    settings.watching.chunk_size = LISTED_AT_ONCE
     settings.watching.server_timeout = 300
     settings.watching.client_timeout = 330
     settings.watching.connect_timeout = 10

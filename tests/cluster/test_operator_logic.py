@@ -216,9 +216,9 @@ def test_an_operator_of_named_namespaces_leaves_the_others_alone(server, node, n
 
 
 def test_an_upgrade_fetches_nothing_again_and_rolls_one_server_after_the_other(server, node, namespace, tmp_path):
-    def images(model):
-        [template] = [o["spec"]["template"] for (kind, _), o in model.children().items() if kind == "deployments"]
-        return template["spec"]["containers"][0]["image"]
+    def images():
+        found = [o["spec"]["template"] for (kind, _), o in models[0].children().items() if kind == "deployments"]
+        return [template["spec"]["containers"][0]["image"] for template in found]
 
     with operator(server, tmp_path):
         models = [ModelCache(server, namespace, f"m{n}") for n in range(3)]
@@ -228,12 +228,12 @@ def test_an_upgrade_fetches_nothing_again_and_rolls_one_server_after_the_other(s
     node.hold.add("server")
     try:
         with operator(server, tmp_path, MODELCACHE_IMAGE="modelcache:next", MODELCACHE_MAX_ROLLOUTS="1"):
-            wait_until(lambda: [images(m) for m in models].count("modelcache:next") == 1)
+            wait_until(lambda: images().count("modelcache:next") == 1)
             sleep(3)
-            assert [images(m) for m in models].count("modelcache:next") == 1
+            assert images().count("modelcache:next") == 1
             assert all(m.conditions()["Ready"][0] == "True" for m in models), "the old ones serve until the new do"
             node.hold.discard("server")
-            wait_until(lambda: all(images(m) == "modelcache:next" for m in models))
+            wait_until(lambda: images() == ["modelcache:next"] * 3)
             for model in models:
                 model.wait_for(UpToDate="True")
     finally:

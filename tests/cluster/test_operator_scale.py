@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 def server():
     with api_server() as running:
         running.install_crd(yaml.safe_load(crd.DEFAULT_PATH.read_text()))
-        make_many(running, "many", MODELS)
+        make_many(running, MODELS)
         yield running
 
 

@@ -13,6 +13,7 @@ from modelcache_operator.settings import Settings
 from support.operator_world import World
 
 AT_ONCE = 32
+EACH = 20
 
 
 async def make_ready(kube, namespace, name, settings):
@@ -59,17 +60,18 @@ def _server_pod(deployment):
     return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]}
 
 
-def make_many(server, namespace, count, image="modelcache:test"):
-    """Create `count` of them, m0 to m(count-1)."""
+def make_many(server, count, *, image="modelcache:test"):
+    """Create `count` of them, in namespaces of twenty."""
     settings = Settings(image=image)
-    server.create("/api/v1/namespaces", {"metadata": {"name": namespace}})
+    for number in range(-(-count // EACH)):
+        server.create("/api/v1/namespaces", {"metadata": {"name": f"many-{number}"}})
 
     async def run():
         numbers = itertools.count()
 
         async def work(kube):
             while (number := next(numbers)) < count:
-                await make_ready(kube, namespace, f"m{number}", settings)
+                await make_ready(kube, f"many-{number // EACH}", f"m{number}", settings)
 
         configuration = Configuration()
         await config.load_kube_config(str(server.kubeconfig), client_configuration=configuration)

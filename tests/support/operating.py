@@ -80,7 +80,7 @@ def wait_until(ask, seconds=90):
 
 
 class ModelCache:
-    def __init__(self, server, namespace, name="bert", **spec):
+    def __init__(self, server, namespace, name="bert", /, **spec):
         self.server = server
         self.collection = MODELS.format(namespace)
         self.path = f"{self.collection}/{name}"

@@ -25,7 +25,7 @@ def restart(run: Run) -> dict[str, Pair]:
     """From the start of the process until each ModelCache was reconciled; the peer's until each was read."""
     server = run.closing.enter_context(api_server())
     server.install_crd(yaml.safe_load(crd.DEFAULT_PATH.read_text()))
-    make_many(server, "many", MODELS)
+    make_many(server, MODELS)
     environment = {
         **os.environ,
         "KUBECONFIG": str(server.kubeconfig),
