@@ -49,6 +49,8 @@ class WorkQueue(Generic[K]):
 
     def add_after(self, key: K, delay: float) -> None:
         """Run the key in ``delay`` seconds, or earlier if something else asks for it."""
+        if key in self._ready:  # it runs later than now anyway, and sees what there is then
+            return
         loop = asyncio.get_running_loop()
         if (timer := self._timers.get(key)) is not None:
             if timer.when() <= loop.time() + delay:

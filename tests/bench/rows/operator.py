@@ -61,7 +61,7 @@ def restart(run: Run) -> dict[str, Pair]:
         )
         return perf_counter() - began
 
-    values = interleaved({"ours": ours, "peer": peer}, rounds=run.rounds(5), warmup=1)
+    values = interleaved({"ours": ours, "peer": peer}, rounds=run.rounds(3), warmup=1)
     return {_ROW.name: Pair(values["ours"], values["peer"])}
 
 

@@ -119,3 +119,15 @@ def test_whoever_wants_to_know_when_a_key_is_done_is_told_then():
         await waiting
 
     asyncio.run(scenario())
+
+
+def test_what_waits_to_run_is_not_run_once_more_for_a_later_time():
+    async def scenario():
+        queue = WorkQueue()
+        queue.add("a")
+        queue.add_after("a", 0.01)
+        queue.done(await queue.get())
+        await asyncio.sleep(0.03)
+        assert len(queue) == 0
+
+    asyncio.run(scenario())
