@@ -227,7 +227,8 @@ def test_an_upgrade_fetches_nothing_again_and_rolls_one_server_after_the_other(s
     ran = node.ran.copy()
     node.hold.add("server")
     try:
-        with operator(server, tmp_path, MODELCACHE_IMAGE="modelcache:next", MODELCACHE_MAX_ROLLOUTS="1"):
+        upgraded = {"MODELCACHE_IMAGE": "modelcache:next", "MODELCACHE_MAX_ROLLOUTS": "1"}
+        with operator(server, tmp_path, MODELCACHE_NAMESPACES=namespace, **upgraded):
             wait_until(lambda: images().count("modelcache:next") == 1)
             sleep(3)
             assert images().count("modelcache:next") == 1
