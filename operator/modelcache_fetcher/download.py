@@ -209,10 +209,14 @@ class Downloader:
             size = transfer.file.size
             self._fetch(transfer, 0, size, buffer, whole=True)
             with space_errors(transfer.part.parent, f"storing {transfer.file.path}", size):
-                transfer.part.write_bytes(buffer[:size])
-            self._progress.received(size)
-            reader = ContentReader(transfer.file)
-            received, problem = self._finish(reader, transfer, buffer[:size], last=attempt == 1)
+                fd = os.open(transfer.part, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            try:
+                with space_errors(transfer.part.parent, f"storing {transfer.file.path}", size):
+                    _write_all(fd, buffer[:size], 0)
+                self._progress.received(size)
+                received, problem = self._finish(transfer, fd, buffer[:size], last=attempt == 1)
+            finally:
+                os.close(fd)
             if received is not None:
                 self._completed(transfer, received)
                 return
@@ -220,13 +224,11 @@ class Downloader:
             if attempt == 1:
                 raise _mismatch(transfer, problem)
 
-    def _finish(
-        self, reader: ContentReader, transfer: Transfer, content: memoryview, *, last: bool
-    ) -> tuple[Received | None, str]:
+    def _finish(self, transfer: Transfer, fd: int, content: memoryview, *, last: bool) -> tuple[Received | None, str]:
+        reader = ContentReader(transfer.file)
         try:
             reader.update(content)
-            with transfer.part.open("rb") as file:
-                return reader.finish(file.fileno())
+            return reader.finish(fd)
         except BadWeights as error:
             if last:
                 raise FetchError(Reason.BAD_WEIGHTS, str(error), path=transfer.file.path) from None
@@ -305,9 +307,7 @@ class Downloader:
         """Write received bytes, note them, and let the hashers know."""
         piece = Piece(offset, len(data), crc32c.crc32c(data))
         with space_errors(transfer.part.parent, f"storing {transfer.file.path}", transfer.file.size):
-            written = 0
-            while written < len(data):
-                written += os.pwrite(transfer.fd, data[written:], offset + written)
+            _write_all(transfer.fd, data, offset)
             transfer.log.append(piece)
         pagecache.start_writeback(transfer.fd, offset, len(data))
         self._progress.received(len(data))
@@ -497,6 +497,12 @@ class _StoppedError(Exception):
 
 def _hashers() -> int:
     return min(4, os.cpu_count() or 1)
+
+
+def _write_all(fd: int, data: memoryview, offset: int) -> None:
+    written = 0
+    while written < len(data):
+        written += os.pwrite(fd, data[written:], offset + written)
 
 
 def _fill(body: Body, buffer: memoryview) -> tuple[int, TransportError | None]:

@@ -1,6 +1,7 @@
 """Plan, fetch, verify, publish, activate: one run of a fetch, under the volume's writer lock."""
 
 import logging
+import math
 import os
 import time
 from collections import Counter
@@ -114,7 +115,8 @@ def make_plan(spec: ModelCacheSpec, options: FetchOptions | None = None) -> Plan
     """
     options = options or FetchOptions()
     with _as_fetch_errors():
-        return _plan(spec, _source(spec, options), _limits(spec, options), None)
+        limits = _limits(spec, options)
+        return _plan(spec, _source(spec, options, limits), limits, None)
 
 
 def run_fetch(
@@ -145,7 +147,7 @@ def run_fetch(
     with _as_fetch_errors():
         volume = Volume.create(volume_root)
         with volume.lock(wait=options.lock_wait) as writer:
-            run = _Run(spec, name, writer, _source(spec, options), limits, deadline, progress)
+            run = _Run(spec, name, writer, _source(spec, options, limits), limits, deadline, progress)
             if options.verify:
                 run.discard_damaged()
             return run.until_unchanged()
@@ -371,9 +373,10 @@ def _log_plan(plan: Plan) -> None:
         _LOG.info('left out %d files, %s (allowPatterns: ["*"] takes all): %s', len(plan.skipped), size, shown)
 
 
-def _source(spec: ModelCacheSpec, options: FetchOptions) -> Source:
+def _source(spec: ModelCacheSpec, options: FetchOptions, limits: Limits) -> Source:
     secrets = Secrets(options.secrets_dir, spec.secret_ref.name if spec.secret_ref else None)
-    return make_source(parse_repo_id(spec.repo_id), spec.endpoint or "", secrets)
+    timeout = min(limits.api_timeout, limits.stall_timeout, limits.deadline_seconds or math.inf)
+    return make_source(parse_repo_id(spec.repo_id), spec.endpoint or "", secrets, timeout)
 
 
 def _limits(spec: ModelCacheSpec, options: FetchOptions) -> Limits:

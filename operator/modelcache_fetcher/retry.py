@@ -24,6 +24,7 @@ class Limits:
         stall_timeout: Seconds without a byte for one range, over all its connections, after which the fetch is Stalled.
         rate_limit_wait: Seconds altogether that a fetch waits because of 429, before it is RateLimited.
         deadline_seconds: Seconds for the whole fetch; None: no limit.
+        api_timeout: Seconds without an answer after which a listing fails.
     """
 
     attempts: int = 8
@@ -35,6 +36,7 @@ class Limits:
     stall_timeout: float = 300.0
     rate_limit_wait: float = 1800.0
     deadline_seconds: float | None = None
+    api_timeout: float = 30.0
 
 
 def backoff_seconds(limits: Limits, failures: int) -> float:

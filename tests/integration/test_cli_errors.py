@@ -164,21 +164,6 @@ def test_a_folder_with_something_else_is_no_volume(tmp_path, manifest):
     assert [path.name for path in home.iterdir()] == ["thesis.txt"]
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 32 MiB."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount a small file system")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=32m", "none", folder]
-    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"cannot mount here: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
-
-
 def test_a_full_volume_keeps_what_is_active_and_says_how_much_is_missing(small_disk, source, manifest):
     root = small_disk / "volume"
     fetch_here(manifest, root)

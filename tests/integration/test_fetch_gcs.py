@@ -61,6 +61,23 @@ def test_only_a_changed_object_is_fetched_again(server, bucket, volume):
     assert contents(volume, "model") == {**FILES, "config.json": b"[1]"}
 
 
+@pytest.mark.parametrize("method", ["list_files", "examine"])
+def test_an_object_replaced_between_plan_and_download_is_planned_anew(server, bucket, volume, monkeypatch, method):
+    from modelcache_fetcher.sources.gcs import GcsSource
+
+    real, changed = getattr(GcsSource, method), []
+
+    def then_change(self, asked):
+        answer = real(self, asked)
+        if not changed:
+            changed.append(gcs_upload(server, bucket, "bert/config.json", b"[1, 2]"))
+        return answer
+
+    monkeypatch.setattr(GcsSource, method, then_change)
+    fetch(server, volume, f"gs://{bucket}/bert")
+    assert contents(volume, "model") == {**FILES, "config.json": b"[1, 2]"}
+
+
 def test_an_object_stored_compressed_arrives_as_it_is_stored(server, bucket, volume):
     stored = gzip.compress(b"[1, 2, 3]" * 1000)
     gcs_upload(server, bucket, "bert/config.json", stored, encoding="gzip")

@@ -151,6 +151,30 @@ def test_a_new_revision_moves_only_what_changed(hub, commit, volume):
     assert [tensor.name for tensor in snapshot.manifest.tensors] == ["a", "b", "a", "b"]
 
 
+@pytest.mark.parametrize("size", [20 * 2**20, pytest.param(2 * 10**9, marks=pytest.mark.slow)], ids=["20 MiB", "2 GB"])
+def test_of_ten_files_the_one_that_changed_is_moved(hub, volume, tmp_path, size):
+    def shard(number, fill):
+        path = tmp_path / f"{number}-{fill}"
+        header = safetensors_bytes({f"t{number}": size // 10})[: -(size // 10)]
+        with path.open("wb") as file:
+            file.write(header + fill.to_bytes(4, "little"))
+            file.truncate(len(header) + size // 10)
+        return path
+
+    files = {f"model-{number}.safetensors": shard(number, 1) for number in range(10)}
+    hub.commit(REPO, files)
+    fetch(hub, volume)
+    assert hub.ledger.bytes_sent() == sum(path.stat().st_size for path in files.values())
+    hub.ledger.reset()
+    changed = shard(7, 2)
+    hub.commit(REPO, {**files, "model-7.safetensors": changed})
+    result = fetch(hub, volume)
+    assert hub.ledger.bytes_sent() == result.downloaded_bytes == changed.stat().st_size
+    assert {seen.path for seen in hub.file_requests()} == {f"/files/{REPO}/model-7.safetensors"}
+    assert result.bytes >= size
+    assert Volume.open(volume).snapshot(result.digest).verify() == []
+
+
 def test_going_back_to_a_kept_revision_downloads_nothing(hub, commit, volume):
     first = fetch(hub, volume)
     hub.commit(REPO, {**FILES, "config.json": b"{}"})

@@ -136,7 +136,16 @@ def test_a_killed_fetch_is_continued(hub, tmp_path, sent, code):
     assert hub.ledger.bytes_sent("/files/*") < len(BIG) + 2 * 2**20
 
 
-def test_no_secret_is_in_argv_or_environment(hub, tmp_path):
+def family(pid):
+    """A process and all that descend from it."""
+    found = [pid]
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            found += family(int(child))
+    return found
+
+
+def test_no_secret_is_in_argv_or_environment_of_any_process(hub, tmp_path):
     secrets = tmp_path / "secrets"
     secrets.mkdir()
     (secrets / "hf_access_token").write_text(TOKEN)
@@ -146,8 +155,9 @@ def test_no_secret_is_in_argv_or_environment(hub, tmp_path):
     process = start("fetch", "--volume", tmp_path / "v", "--name", "m", "--secrets", secrets, spec=spec)
     try:
         wait_for(lambda: hub.ledger.bytes_sent("/files/*") > 0)
-        for name in ("cmdline", "environ"):
-            assert TOKEN.encode() not in Path(f"/proc/{process.pid}/{name}").read_bytes()
+        for pid in family(process.pid):
+            for name in ("cmdline", "environ"):
+                assert TOKEN.encode() not in Path(f"/proc/{pid}/{name}").read_bytes()
     finally:
         process.kill()
         out, err = process.communicate()

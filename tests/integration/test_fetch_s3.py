@@ -165,6 +165,15 @@ def test_objects_encrypted_by_kms_have_no_md5(server, s3, volume, keys):
     assert entries(volume)["config.json"].verification != manifest_pb2.VERIFICATION_MD5
 
 
+def test_an_object_encrypted_by_s3_itself_has_its_md5(server, s3, volume, keys):
+    s3.put_object(Bucket="models", Key="bert/config.json", Body=b"{}", ServerSideEncryption="AES256")
+    fetch(server, volume, keys)
+    assert entries(volume)["config.json"].verification in {
+        manifest_pb2.VERIFICATION_MD5,
+        manifest_pb2.VERIFICATION_S3_CHECKSUM,
+    }
+
+
 def test_versioned_buckets_give_the_newest_version(server, s3, volume, keys):
     s3.put_bucket_versioning(Bucket="models", VersioningConfiguration={"Status": "Enabled"})
     for content in (b"old", b"new"):

@@ -19,7 +19,7 @@ from cryptography.x509.oid import NameOID
 
 
 class ForwardProxy:
-    """An HTTP proxy (absolute URLs and CONNECT) that sends every host's requests to one address.
+    """An HTTP proxy (absolute URLs and CONNECT) that sends each host's requests to an address; 502 for other hosts.
 
     Attributes:
         url: Its address.
@@ -50,6 +50,9 @@ class ForwardProxy:
         host = address if method == "CONNECT" else urlsplit(address).netloc
         self.asked.append(lines[0])
         self.logins += [line.partition(": ")[2] for line in lines if line.lower().startswith("proxy-authorization")]
+        if host not in self._targets:
+            client.sendall(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            return
         if method == "CONNECT":
             upstream = socket.create_connection(self._targets[host])
             client.sendall(b"HTTP/1.1 200 OK\r\n\r\n")

@@ -125,8 +125,13 @@ def place_link(link: Path, target: str, temporary: Path) -> bool:
     Returns:
         Whether anything changed; the caller makes it durable with `fsync_folder`.
     """
-    if read_link(link) == target:
+    present = read_link(link)
+    if present == target:
         return False
+    if not present:
+        with suppress(FileExistsError):
+            link.symlink_to(target)
+            return True
     with suppress(FileNotFoundError):
         temporary.unlink()
     temporary.symlink_to(target)

@@ -268,11 +268,16 @@ class VolumeWriter:
     def _link(self, folder: str, manifest: manifest_pb2.Manifest, commit: str) -> None:
         """Shows the files under their names in snapshots/COMMIT, durably; changes nothing that is right already."""
         top = self._layout.commit(folder, commit)
+        in_the_way = top.is_dir()
+        made: set[Path] = set()
         changed: set[Path] = set()
         for file in manifest.files:
             link = top / file.path
-            self._clear_way(top, link)
-            disk.make_folder(link.parent)
+            if in_the_way:
+                self._clear_way(top, link)
+            if link.parent not in made:
+                disk.make_folder(link.parent)
+                made.add(link.parent)
             up = "../" * (2 + file.path.count("/"))
             if disk.place_link(link, f"{up}blobs/{file.sha256.hex()}", self._temporary()):
                 changed.add(link.parent)

@@ -85,20 +85,21 @@ class Source(Protocol):
         ...
 
 
-def make_source(repo: RepoId, endpoint: str, secrets: Secrets) -> Source:
+def make_source(repo: RepoId, endpoint: str, secrets: Secrets, api_timeout: float) -> Source:
     """The source of a parsed repoId.
 
     Args:
         repo: Where the model is.
         endpoint: Base URL of another hub or bucket service; "" for the default.
         secrets: The credentials' folder.
+        api_timeout: Seconds without an answer after which a call of the source's API fails.
     """
     # A cloud's library is imported only when its source is used: they are large, and a folder needs none.
     match repo.scheme:
         case "hf":
             from modelcache_fetcher.sources.huggingface import HuggingFaceSource  # noqa: PLC0415
 
-            return HuggingFaceSource(repo.name, endpoint, secrets)
+            return HuggingFaceSource(repo.name, endpoint, secrets, api_timeout)
         case "file":
             from modelcache_fetcher.sources.local import LocalSource  # noqa: PLC0415
 
@@ -106,8 +107,8 @@ def make_source(repo: RepoId, endpoint: str, secrets: Secrets) -> Source:
         case "s3":
             from modelcache_fetcher.sources.s3 import S3Source  # noqa: PLC0415
 
-            return S3Source(repo.name, repo.prefix, endpoint, secrets)
+            return S3Source(repo.name, repo.prefix, endpoint, secrets, api_timeout)
         case "gs":
             from modelcache_fetcher.sources.gcs import GcsSource  # noqa: PLC0415
 
-            return GcsSource(repo.name, repo.prefix, endpoint, secrets)
+            return GcsSource(repo.name, repo.prefix, endpoint, secrets, api_timeout)

@@ -30,19 +30,19 @@ from modelcache_volume.v1.manifest_pb2 import VERIFICATION_CRC32C, VERIFICATION_
 
 _DEFAULT_ENDPOINT = "https://storage.googleapis.com"
 _SCOPES = ("https://www.googleapis.com/auth/devstorage.read_only",)
-_API_TIMEOUT = 30.0
 _FIELDS = "items(name,size,generation,md5Hash,crc32c,contentEncoding),nextPageToken"
 
 
 class GcsSource:
     """The objects below a prefix of a bucket."""
 
-    def __init__(self, bucket: str, prefix: str, endpoint: str, secrets: Secrets) -> None:
+    def __init__(self, bucket: str, prefix: str, endpoint: str, secrets: Secrets, api_timeout: float) -> None:
         self._bucket = bucket
         self._prefix = folder_prefix(prefix)
         self._endpoint = (endpoint or _DEFAULT_ENDPOINT).rstrip("/")
         self._default_service = not endpoint
         self._secrets = secrets
+        self._api_timeout = api_timeout
         self._lock = threading.Lock()
         self._made: Any = None
         self._encodings: dict[str, str] = {}
@@ -58,7 +58,7 @@ class GcsSource:
             )
             # Its own retries would hide Retry-After and outlast the deadline: ours are around this call.
             blobs = client.list_blobs(
-                self._bucket, prefix=self._prefix, fields=_FIELDS, timeout=_API_TIMEOUT, retry=None
+                self._bucket, prefix=self._prefix, fields=_FIELDS, timeout=self._api_timeout, retry=None
             )
             files.extend(
                 self._source_file(path, blob) for blob in blobs if (path := path_below(self._prefix, blob.name))
@@ -141,6 +141,9 @@ class GcsSource:
         where = self._endpoint
         if isinstance(error, api_exceptions.GoogleAPICallError):
             return self._explain_status(error, doing)
+        if isinstance(error, auth_exceptions.InvalidOperation) and isinstance(self._made, AnonymousCredentials):
+            # google-auth answers a 401 by a refresh, which anonymous credentials do not have.
+            return self._refused(401, doing)
         if isinstance(error, auth_exceptions.RefreshError):
             if getattr(error, "retryable", False):
                 return FetchError(Reason.UNAVAILABLE, f"Google gives no token now, {doing}; it may later.")
@@ -159,16 +162,19 @@ class GcsSource:
         if status == 404:
             return FetchError(Reason.NOT_FOUND, f"{self._endpoint} has no bucket {self._bucket} ({doing}).")
         if status in {401, 403}:
-            who = "an anonymous request; name a Secret with service_account.json in secretRef"
-            who = who if isinstance(self._made, AnonymousCredentials) else "the credentials"
-            need = "storage.objects.list and storage.objects.get are needed"
-            return FetchError(Reason.AUTH_FAILED, f"{self._endpoint} refused {who} ({status}, {doing}); {need}.")
+            return self._refused(status, doing)
         if status == 429:
             return FetchError(Reason.RATE_LIMITED, f"{self._endpoint} answered 429 ({doing}).", retry_after=wait)
         if 400 <= status < 500 and status != 408:
             text = f"{self._endpoint} does not accept the request ({status}, {doing})."
             return FetchError(Reason.INVALID_SOURCE, text)
         return FetchError(Reason.UNAVAILABLE, f"{self._endpoint} answered {status}, {doing}.", retry_after=wait)
+
+    def _refused(self, status: int, doing: str) -> FetchError:
+        who = "an anonymous request; name a Secret with service_account.json in secretRef"
+        who = who if isinstance(self._made, AnonymousCredentials) else "the credentials"
+        need = "storage.objects.list and storage.objects.get are needed"
+        return FetchError(Reason.AUTH_FAILED, f"{self._endpoint} refused {who} ({status}, {doing}); {need}.")
 
 
 def _decode(value: str | None) -> bytes | None:

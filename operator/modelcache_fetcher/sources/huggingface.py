@@ -31,10 +31,6 @@ from modelcache_volume.v1.manifest_pb2 import VERIFICATION_GIT_BLOB_SHA1, VERIFI
 
 _Result = TypeVar("_Result")
 
-_API_TIMEOUT = 30.0
-"""Seconds without an answer after which a call of the hub's API fails; huggingface_hub itself would wait for ever."""
-
-
 # Telemetry would ask huggingface.co which agents there are, also from clusters that may reach another hub only.
 constants.HF_HUB_DISABLE_TELEMETRY = True
 
@@ -42,11 +38,12 @@ constants.HF_HUB_DISABLE_TELEMETRY = True
 class HuggingFaceSource:
     """A model repo on a hub."""
 
-    def __init__(self, repo_id: str, endpoint: str, secrets: Secrets) -> None:
+    def __init__(self, repo_id: str, endpoint: str, secrets: Secrets, api_timeout: float) -> None:
         self._repo_id = repo_id
         self._default_hub = not endpoint
         self._endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
         self._secrets = secrets
+        self._api_timeout = api_timeout
         self._token: str | None = None
         self._token_read = False
 
@@ -56,7 +53,7 @@ class HuggingFaceSource:
         api = HfApi(endpoint=self._endpoint, token=self._current_token() or False)
 
         def ask() -> Listing:
-            info = api.repo_info(self._repo_id, revision=requested, timeout=_API_TIMEOUT)
+            info = api.repo_info(self._repo_id, revision=requested, timeout=self._api_timeout)
             commit = str(info.sha)
             tree = api.list_repo_tree(self._repo_id, recursive=True, revision=commit)
             files = tuple(_source_file(entry) for entry in tree if isinstance(entry, RepoFile))
@@ -89,8 +86,8 @@ class HuggingFaceSource:
         return self._token
 
     def _call(self, ask: Callable[[], _Result], revision: str) -> _Result:
-        # Paginated listings take no timeout argument and the shared session has none.
-        get_session().timeout = _API_TIMEOUT
+        # Paginated listings take no timeout argument, and the shared session would wait for ever.
+        get_session().timeout = self._api_timeout
         try:
             return ask()
         except FetchError:

@@ -63,11 +63,12 @@ _CHECKSUM_FIELDS = {
 class S3Source:
     """The objects below a prefix of a bucket."""
 
-    def __init__(self, bucket: str, prefix: str, endpoint: str, secrets: Secrets) -> None:
+    def __init__(self, bucket: str, prefix: str, endpoint: str, secrets: Secrets, api_timeout: float) -> None:
         self._bucket = bucket
         self._prefix = folder_prefix(prefix)
         self._endpoint = endpoint
         self._secrets = secrets
+        self._api_timeout = api_timeout
         self._lock = threading.Lock()
         self._made: Any = None
         self._anonymous = False
@@ -150,8 +151,8 @@ class S3Source:
         config = Config(
             signature_version=UNSIGNED if self._anonymous else "s3v4",
             s3={"addressing_style": "path" if path_style else "auto"},
-            connect_timeout=15,
-            read_timeout=30,
+            connect_timeout=self._api_timeout,
+            read_timeout=self._api_timeout,
             retries={"mode": "standard", "max_attempts": 2},
             user_agent_extra="modelcache-fetch",
         )
