@@ -23,6 +23,7 @@ class Row:
         better: which direction of the value, and so of the ratio ours / peer, is the good one.
         goal: bound of the ratio that an issue states; None where it only wants the figure reported.
         issue: number in the title of the issue that asks for it.
+        or_else: name of another row of the same benchmark whose goal would do instead.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Row:
     better: Literal["lower", "higher"]
     goal: float | None
     issue: int
+    or_else: str = ""
 
     def meets(self, ratio: float) -> bool:
         """Whether a ratio reaches the goal."""
@@ -66,6 +68,10 @@ class Benchmark:
         if missing := {row.name for row in self.rows} ^ set(pairs):
             raise ValueError(f"{self.measure.__qualname__} registered other rows than it measured: {sorted(missing)}")
         return pairs
+
+    def otherwise_met(self, row: Row, pairs: Mapping[str, Pair]) -> bool:
+        """Whether the row names an alternative, and that one's goal is met."""
+        return any(other.name == row.or_else and other.meets(pairs[other.name].ratio) for other in self.rows)
 
 
 _benchmarks: list[Benchmark] = []

@@ -19,6 +19,13 @@ class Result:
 
     row: Row
     pair: Pair
+    otherwise_met: bool = False
+    """The goal of the row that would do instead is met."""
+
+    @property
+    def unmet(self) -> bool:
+        """Whether a goal is missed, its alternative too."""
+        return not self.row.meets(self.pair.ratio) and not self.otherwise_met
 
     def line(self) -> str:
         """Its line of the table."""
@@ -27,7 +34,7 @@ class Result:
             goal, verdict = "-", ""
         else:
             goal = f"{'<=' if row.better == 'lower' else '>='} {row.goal:g}"
-            verdict = "met" if row.meets(pair.ratio) else "UNMET"
+            verdict = "met" if row.meets(pair.ratio) else "(met)" if self.otherwise_met else "UNMET"
         spread = f"{_range(pair.ours)}, {_range(pair.peer)}"
         return (
             f"{row.name:<36} {_figure(pair.ours_median):>10} {_figure(pair.peer_median):>10} {row.unit:<5}"
@@ -36,6 +43,7 @@ class Result:
 
     def entry(self) -> dict[str, object]:
         """Its entry in bench.json."""
+        alternative = {"orElse": self.row.or_else} if self.row.or_else else {}
         return {
             "name": self.row.name,
             "ours": self.pair.ours_median,
@@ -46,6 +54,7 @@ class Result:
             "better": self.row.better,
             "runs": self.pair.runs,
             "issue": self.row.issue,
+            **alternative,
         }
 
 

@@ -54,6 +54,13 @@ def test_plan_says_commit_files_and_bytes_in_its_termination_message(hub, tmp_pa
     assert "no allowPatterns are given" in out
 
 
+def test_the_default_hub_is_the_one_of_hf_endpoint(hub, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    code, out, err = run("plan", spec={"repoId": "org/name"})
+    assert code == 0, err
+    assert json.loads(out)["bytes"] == len(BIG) + 2
+
+
 def test_fetch_publishes_and_reports(hub, tmp_path):
     spec = tmp_path / "spec.json"
     spec.write_text(json.dumps({"repoId": "org/name", "endpoint": hub.url}))

@@ -9,6 +9,8 @@ from modelcache_api.reasons import Reason
 from modelcache_fetcher import FetchError, make_plan, run_fetch
 from modelcache_volume import Volume
 from modelcache_volume.v1 import manifest_pb2
+from support.cloud_identity import serve
+from support.fake_buckets import S3Handler
 from support.fetching import contents, options, safetensors_bytes, spec
 from support.object_stores import ACCESS_KEY, SECRET_KEY, moto_server, s3_client
 
@@ -157,6 +159,31 @@ def test_multipart_objects_are_unverified_at_source_but_fetched(server, s3, volu
     entry = entries(volume)["model.safetensors"]
     assert entry.verification == manifest_pb2.VERIFICATION_NONE
     assert entry.etag.endswith("-4")
+
+
+@pytest.mark.parametrize("stated", ["FULL_OBJECT", "COMPOSITE", "damaged"])
+def test_a_multipart_object_is_compared_only_with_a_checksum_of_the_whole(volume, keys, tmp_path, stated):
+    class Store(S3Handler):
+        def checksum(self, file):
+            whole = super().checksum(file)
+            return {
+                "FULL_OBJECT": whole,
+                "COMPOSITE": {"x-amz-checksum-crc32c": "AAAAAA==-2", "x-amz-checksum-type": "COMPOSITE"},
+                "damaged": {**whole, "x-amz-checksum-crc32c": "AAAAAA=="},
+            }[stated]
+
+    (tmp_path / "bucket").mkdir()
+    (tmp_path / "bucket" / "model.safetensors").write_bytes(BIG)
+    with serve(Store, root=tmp_path / "bucket") as (store, _):
+        if stated == "damaged":
+            assert fails(store.url, volume, keys, repo="s3://models").reason is Reason.CHECKSUM_MISMATCH
+            return
+        fetch(store.url, volume, keys, repo="s3://models")
+    entry = entries(volume)["model.safetensors"]
+    whole = stated == "FULL_OBJECT"
+    assert entry.verification == (manifest_pb2.VERIFICATION_S3_CHECKSUM if whole else manifest_pb2.VERIFICATION_NONE)
+    assert entry.verified_with.startswith("crc32c:")
+    assert entry.etag.endswith("-2")
 
 
 def test_objects_encrypted_by_kms_have_no_md5(server, s3, volume, keys):

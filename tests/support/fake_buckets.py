@@ -55,9 +55,13 @@ class S3Handler(_BucketHandler):
             return
         headers = {"ETag": f'"{_etag(file)}"', "Last-Modified": _MODIFIED}
         if self.command == "HEAD":
-            headers |= {"x-amz-checksum-crc32c": _crc32c(file, file.stat().st_mtime_ns)}
-            headers |= {"x-amz-checksum-type": "FULL_OBJECT"}
+            headers |= self.checksum(file)
         self.send_file(file, headers)
+
+    def checksum(self, file: Path) -> dict[str, str]:
+        """What HeadObject states beside the ETag."""
+        crc = _crc32c(file, file.stat().st_mtime_ns)
+        return {"x-amz-checksum-crc32c": crc, "x-amz-checksum-type": "FULL_OBJECT"}
 
 
 class GcsHandler(_BucketHandler):

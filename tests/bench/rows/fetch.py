@@ -9,12 +9,18 @@ from bench.worker import Worker
 from support.fetching import safetensors_bytes
 from support.processes import Child
 
-HUB = Row("fetch.hub", unit="MB/s", better="higher", goal=2.0, issue=2)
-S3 = Row("fetch.s3", unit="MB/s", better="higher", goal=1.5, issue=2)
-GCS = Row("fetch.gcs", unit="MB/s", better="higher", goal=1.5, issue=2)
-HUB_DISK = Row("fetch.hub.of_disk", unit="MB/s", better="higher", goal=0.85, issue=2)
-S3_DISK = Row("fetch.s3.of_disk", unit="MB/s", better="higher", goal=0.85, issue=2)
-GCS_DISK = Row("fetch.gcs.of_disk", unit="MB/s", better="higher", goal=0.85, issue=2)
+
+def _large_row(name: str, goal: float, or_else: str) -> Row:
+    """Faster than the source's own library, or as fast as the disk: the issue asks for either."""
+    return Row(name, unit="MB/s", better="higher", goal=goal, issue=2, or_else=or_else)
+
+
+HUB = _large_row("fetch.hub", 2.0, or_else="fetch.hub.of_disk")
+S3 = _large_row("fetch.s3", 1.5, or_else="fetch.s3.of_disk")
+GCS = _large_row("fetch.gcs", 1.5, or_else="fetch.gcs.of_disk")
+HUB_DISK = _large_row("fetch.hub.of_disk", 0.85, or_else="fetch.hub")
+S3_DISK = _large_row("fetch.s3.of_disk", 0.85, or_else="fetch.s3")
+GCS_DISK = _large_row("fetch.gcs.of_disk", 0.85, or_else="fetch.gcs")
 SMALL = Row("fetch.small_files", unit="MB/s", better="higher", goal=3.0, issue=2)
 
 GIB = 2**30
@@ -22,7 +28,7 @@ GIB = 2**30
 
 @benchmark(HUB, HUB_DISK)
 def hub(run: Run) -> dict[str, Pair]:
-    """huggingface_hub's snapshot_download, then fsync. Either row's goal is enough: the disk's speed is a limit too."""
+    """huggingface_hub's snapshot_download, then fsync."""
     return _large(run, "hub", "support.fake_hub", ("{}", "--repo", "org/name"), r"HF_ENDPOINT=(\S+)", HUB, HUB_DISK)
 
 

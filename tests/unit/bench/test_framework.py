@@ -75,6 +75,23 @@ def test_table_and_json_tell_the_same_and_an_unmet_goal_is_no_error(rows, tmp_pa
     assert "y.shown" in table
 
 
+@pytest.mark.parametrize(("rate", "time", "verdicts"), [(0.9, 2.0, ("met", "(met)")), (0.8, 2.0, ("UNMET", "UNMET"))])
+def test_of_two_goals_one_is_enough_where_the_issue_says_so(rows, tmp_path, capsys, rate, time, verdicts):
+    one = Row("z.rate", unit="GB/s", better="higher", goal=0.85, issue=1, or_else="z.time")
+    other = Row("z.time", unit="s", better="lower", goal=1.3, issue=1, or_else="z.rate")
+
+    @benchmark(one, other)
+    def measure(run):
+        return {"z.rate": Pair((rate,), (1.0,)), "z.time": Pair((time,), (1.0,))}
+
+    _, entries = run(tmp_path)
+    assert [entry["orElse"] for entry in entries] == ["z.time", "z.rate"]
+    printed = capsys.readouterr()
+    shown = [line.split() for line in printed.out.splitlines()[1:]]
+    assert all(verdict in line for verdict, line in zip(verdicts, shown, strict=True))
+    assert f"{verdicts.count('UNMET')} unmet" in printed.err
+
+
 def test_a_row_that_fails_is_an_error_and_the_others_still_run(rows, tmp_path, capsys):
     @benchmark(FASTER)
     def broken(run):
