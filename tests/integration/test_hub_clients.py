@@ -1,18 +1,24 @@
 """huggingface_hub, old and new, reads from the weight server as from the Hub: same files, same errors."""
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
 import subprocess
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from modelcache_server import TokenSettings
+from modelcache_volume import BLOCK_BYTES, Volume
 from support.hub_world import NAME, REPO, git_oid, hub_files, hub_world
 from support.library_versions import NEWEST, interpreter
 from support.processes import TESTS
+from support.proxies import HttpFront
 from support.server_security import AUDIENCE, ISSUER, Issuer
-from support.server_volume import running
+from support.server_volume import flip_bit, running
 
 OLD, NEW = hub_files(1), hub_files(2)
 TAG = "v2.0"
@@ -48,7 +54,14 @@ def world(tmp_path_factory):
         active = world.commit(NEW)
         world.hub.repos[REPO].tags[TAG] = active
         world.fetch(TAG)
-        with running(world.volume, name=NAME) as server, running(world.volume, name=NAME, tokens=tokens) as guarded:
+        shutil.copytree(world.volume, folder / "damaged", symlinks=True)
+        _damage(folder / "damaged", "model.safetensors", active)
+        with (
+            running(world.volume, name=NAME) as server,
+            running(world.volume, name=NAME, tokens=tokens) as guarded,
+            running(folder / "damaged", name=NAME, warmup_bytes=0) as damaged,
+            _front(server.addresses.http) as cutter,
+        ):
             endpoint = f"http://127.0.0.1:{server.addresses.http}"
             told = {
                 "repo": REPO,
@@ -58,21 +71,42 @@ def world(tmp_path_factory):
                 "names": ["main", TAG, active, active[:7], active[:20]],
                 "files": described(NEW),
                 "old_files": described(OLD),
-                "parameters": 2 * 4194304 + 12345 + 64,
+                "parameters": 3 * BLOCK_BYTES + 12345 + 64,
                 "upstream": world.hub.url,
                 "guarded": f"http://127.0.0.1:{guarded.addresses.http}",
+                "cutting": cutter.url,
+                "corrupt": f"http://127.0.0.1:{damaged.addresses.http}",
                 "allowed": issuer.token(),
                 "denied": issuer.token("batch/job"),
                 "expired": issuer.token(seconds=-60),
             }
             file = folder / "world.json"
             file.write_text(json.dumps(told))
-            yield endpoint, file
+            yield endpoint, file, cutter
+
+
+@contextlib.contextmanager
+def _front(port: int) -> Iterator[HttpFront]:
+    front = HttpFront(port)
+    try:
+        yield front
+    finally:
+        front.stop()
+
+
+def _damage(root: Path, path: str, commit: str) -> None:
+    """Flip a bit in the file's second block."""
+    for snapshot in Volume.open(root).snapshots():
+        if snapshot.manifest.source.commit == commit:
+            flip_bit(snapshot.blob_path(snapshot.file(path)), BLOCK_BYTES + 7)
 
 
 @pytest.mark.parametrize(("version", "begins"), VERSIONS)
 def test_every_way_of_reading_works(world, version, begins, tmp_path):
-    endpoint, told = world
+    endpoint, told, cutter = world
+    # They keep what they got in pieces of 10 MiB.
+    cutter.cuts, cutter.cut_after = 1, 11 * 2**20
+    cutter.seen.clear()
     environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home")}
     environment |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONWARNINGS": "default"}
     command = [interpreter(version), str(TESTS / "support" / "hub_checks.py"), str(told)]
@@ -84,4 +118,11 @@ def test_every_way_of_reading_works(world, version, begins, tmp_path):
     assert not failures, "\n".join(failures)
     assert lines, done.stderr
     assert lines[-1]["version"].startswith(begins), done.stderr[-2000:]
-    assert len(lines) > 45
+    assert len(lines) > 50
+    assert cutter.cuts == 0
+    ranges = [
+        wanted for method, path, wanted in cutter.seen if (method, path.endswith("/model.safetensors")) == ("GET", True)
+    ]
+    assert len(ranges) == 2, "it was cut once"
+    if version != "hub-0_34":
+        assert ranges[1].startswith("bytes=10485760-"), "it goes on where it was cut"

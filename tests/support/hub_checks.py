@@ -480,6 +480,37 @@ def a_token_file_is_read_again_when_it_was_rotated(w):
     assert done.stdout.split() == [w.active, "gated", w.active], done.stdout + done.stderr
 
 
+# --- faults
+
+
+@check
+def a_cut_download_goes_on(w):
+    cache, attempts, place = fresh(w), 0, ""
+    options = {"endpoint": w.cutting, "cache_dir": cache, "revision": w.active}
+    while not place:
+        attempts += 1
+        assert attempts <= 3
+        try:
+            place = hf_hub_download(w.repo, "model.safetensors", **options)
+        except Exception:
+            if MAJOR >= 1:  # the older ones leave it to the caller to try again
+                raise
+    same(place, w, "model.safetensors")
+
+
+@check
+def a_corrupt_file_is_not_taken(w):
+    cache = fresh(w)
+    error = None
+    try:
+        hf_hub_download(w.repo, "model.safetensors", endpoint=w.corrupt, cache_dir=cache)
+    except Exception as failure:  # noqa: BLE001 - versions differ in the class of the error
+        error = failure
+    assert error is not None
+    assert not list(Path(cache).rglob("snapshots/*/model.safetensors"))
+    same(hf_hub_download(w.repo, "config.json", endpoint=w.corrupt, cache_dir=cache), w, "config.json")
+
+
 # --- the command
 
 

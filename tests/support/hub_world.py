@@ -19,13 +19,13 @@ BLOCK = 4 * 2**20
 
 
 def hub_files(seed: int = 0) -> dict[str, bytes]:
-    """A repo with LFS files (one larger than two blocks), plain and empty ones, and folders."""
+    """A repo with LFS files (one of more than three blocks), plain and empty ones, and folders."""
     number = str(seed).encode()
     return {
         "README.md": b"# Tiny\n",
         ".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n",
         "config.json": json.dumps({"model_type": "bert", "seed": seed}).encode(),
-        "model.safetensors": safetensors_bytes({"a": 2 * BLOCK + 12345, "b": 64}, fill=b"m" + number * 7 + b"x"),
+        "model.safetensors": safetensors_bytes({"a": 3 * BLOCK + 12345, "b": 64}, fill=b"m" + number * 7 + b"x"),
         "empty.txt": b"",
         "onnx/model.onnx": b"onnx" * 3000 + number,
         "tokenizer/deep/vocab.txt": b"[PAD]\n[UNK]\n" + number,

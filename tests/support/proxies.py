@@ -9,6 +9,7 @@ import select
 import socket
 import ssl
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -64,6 +65,58 @@ class ForwardProxy:
             kept = [line for line in lines[1:] if not line.lower().startswith(("connection", "proxy-"))]
             upstream.sendall("\r\n".join([f"{method} {path} {version}", "Connection: close", *kept]).encode("latin-1"))
         _relay(client, upstream)
+
+
+class HttpFront:
+    """Passes requests on to a port of this machine, one on each connection, and can break answers off.
+
+    Attributes:
+        url: Its address.
+        seen: Method, path and Range header of each request.
+        before: Called with method and path before a request is passed on.
+        cuts: How many answers with more than `cut_after` bytes are still to be broken off after so many.
+    """
+
+    def __init__(self, port: int, *, before: Callable[[str, str], object] = lambda *_: None) -> None:
+        self.seen: list[tuple[str, str, str]] = []
+        self.before = before
+        self.cuts = 0
+        self.cut_after = 2**20
+        self._target = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=_accept, args=(self._listener, self._serve), daemon=True).start()
+
+    def stop(self) -> None:
+        _close(self._listener)
+
+    def _serve(self, client: socket.socket) -> None:
+        data = b""
+        while b"\r\n\r\n" not in data:
+            received = client.recv(65536)
+            if not received:
+                return
+            data += received
+        head, _, body = data.partition(b"\r\n\r\n")
+        first, *lines = head.decode("latin-1").split("\r\n")
+        method, path, _ = first.split(" ")
+        wanted = next((line[7:] for line in lines if line.lower().startswith("range: ")), "")
+        self.seen.append((method, path, wanted))
+        self.before(method, path)
+        kept = [line for line in lines if not line.lower().startswith("connection")]
+        with socket.create_connection(("127.0.0.1", self._target)) as upstream:
+            passed = "\r\n".join([first, "Connection: close", *kept])
+            upstream.sendall(passed.encode("latin-1") + b"\r\n\r\n" + body)
+            if self.cuts:
+                sent = 0
+                while answer := upstream.recv(65536):
+                    client.sendall(answer)
+                    sent += len(answer)
+                    if sent > self.cut_after:
+                        self.cuts -= 1
+                        return
+            else:
+                _relay(client, upstream)
 
 
 class TlsFront:
