@@ -3,8 +3,8 @@
     export HF_ENDPOINT=http://minilm-weights:8080     # or what `modelcache up` printed
     python examples/hub/embed_transformers.py
 
-The revision is asked for once, and everything is loaded from that commit. transformers 5 does so by itself; version 4 asks
-for `main` file by file, and would take some of each if the cache moved to a new revision meanwhile.
+The revision is asked for once, and everything is loaded from that commit. transformers 5 does so by itself; version 4
+asks for `main` file by file, and would take some of each if the cache moved to a new revision meanwhile.
 """
 
 import argparse
