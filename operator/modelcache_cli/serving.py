@@ -85,7 +85,7 @@ def serve_until_stopped(arguments: argparse.Namespace, settings: "ServerSettings
         _wait_until_ready(server)
         reached = _reached_at(arguments.host, addresses)
         with _ready_file(arguments.ready_file, {"name": name, "volume": str(settings.root), **reached}):
-            _announce(name, reached)
+            _announce(name, reached, server.hub_repo_id)
             received = _wait_for_signal()
     finally:
         server.stop(arguments.grace)
@@ -149,10 +149,12 @@ def _ready_file(path: Path | None, content: dict[str, str]) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-def _announce(name: str, reached: dict[str, str]) -> None:
+def _announce(name: str, reached: dict[str, str], hub_repo_id: str) -> None:
     say(f"serving {name} at {reached['grpc']} (gRPC), {reached['http']} (bytes), {reached['metrics']}/metrics")
     say("")
     say("  from modelcache import StreamingBertModel")
     say(f'  model = StreamingBertModel("{name}", address="{reached["grpc"]}")')
+    say("")
+    say(f'  export HF_ENDPOINT={reached["http"]}   # unchanged programs: from_pretrained("{hub_repo_id}")')
     say("")
     say("Ctrl-C stops it.")

@@ -1,4 +1,4 @@
-"""Programs that know nothing of ModelCache, with HF_ENDPOINT set to the weight server: the examples, and what can go wrong."""
+"""Programs that know nothing of ModelCache, with HF_ENDPOINT set to the weight server, and what can go wrong then."""
 
 import contextlib
 import hashlib
@@ -12,7 +12,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from safetensors.torch import load
 
+from support.cli import SMALL, make_folder, serving, write_manifest
 from support.hub_load import ask_at_once
 from support.hub_world import NAME, REPO, hub_files, hub_world
 from support.library_versions import NEWEST, interpreter
@@ -44,7 +46,8 @@ def model(tmp_path_factory) -> Iterator[tuple[Running, str]]:
     with hub_world(tmp_path_factory.mktemp("minilm")) as world:
         root = minilm()
         commit = world.hub.commit(
-            MINILM, {p.relative_to(root).as_posix(): p for p in root.rglob("*") if p.is_file() and "cache" not in str(p)}
+            MINILM,
+            {p.relative_to(root).as_posix(): p for p in root.rglob("*") if p.is_file() and "cache" not in str(p)},
         )
         world.fetch(repo=MINILM)
         with running(world.volume, cache_bytes=128 << 20) as server:
@@ -149,7 +152,8 @@ def test_downloads_that_were_begun_are_continued(small, tmp_path, program, there
 
 
 @pytest.mark.parametrize(
-    ("wanted", "expected"), [("0-7", slice(0, 8)), ("4194300-4194310", slice(4194300, 4194311)), ("-9", slice(-9, None))]
+    ("wanted", "expected"),
+    [("0-7", slice(0, 8)), ("4194300-4194310", slice(4194300, 4194311)), ("-9", slice(-9, None))],
 )
 def test_curl_reads_ranges(small, wanted, expected):
     url = f"http://127.0.0.1:{small[0].addresses.http}/{REPO}/resolve/main/model.safetensors"
@@ -175,6 +179,19 @@ def test_curl_resumes_a_cut_download(small, tmp_path):
     assert sum(wanted.startswith("bytes=") and wanted != "bytes=0-" for _, _, wanted in front.seen) >= 1
 
 
+def test_up_prints_what_to_paste(tmp_path):
+    files = make_folder(tmp_path / "source")
+    manifest = write_manifest(tmp_path / "model.yaml", f"file://{files}", name="mine")
+    with serving("up", "-f", manifest, "--volume", tmp_path / "volume", ready=tmp_path / "ready") as (child, _):
+        found = re.search(r'export HF_ENDPOINT=(http://\S+) .*from_pretrained\("(\S+)"\)', child.output)
+        assert found, child.output
+        assert found[2] == "mine", "a folder is called by the ModelCache's name"
+        done = run(found[1], ["hf", "download", found[2], "--local-dir", "here"], tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+    for path in ("config.json", "model.safetensors"):
+        assert (tmp_path / "here" / path).read_bytes() == SMALL[path]
+
+
 # --- A revision that changes while a model is being loaded
 
 REVISIONS = ("0", "1")
@@ -192,7 +209,7 @@ LOAD = (
 
 @contextlib.contextmanager
 def flipping(folder: Path, at: str) -> Iterator[tuple[HttpFront, dict[str, str]]]:
-    """A tiny BERT whose main moves to another state when `at` is first asked for; weights by the marker in the config."""
+    """A tiny BERT whose main moves when `at` is first asked for; the weights' digests by the marker in the config."""
     weights = {}
     with hub_world(folder) as world:
         states = []
@@ -200,13 +217,14 @@ def flipping(folder: Path, at: str) -> Iterator[tuple[HttpFront, dict[str, str]]
             made = save_bert(folder / marker, BertFiles(config=dict(TINY), seed=int(marker)))
             config = json.loads((made / "config.json").read_text()) | {"marker": marker}
             states.append(
-                {"config.json": json.dumps(config).encode(), "model.safetensors": (made / "model.safetensors").read_bytes()}
+                {
+                    "config.json": json.dumps(config).encode(),
+                    "model.safetensors": (made / "model.safetensors").read_bytes(),
+                }
             )
-            from safetensors.torch import load
-
             tensor = load(states[-1]["model.safetensors"])["embeddings.word_embeddings.weight"]
             weights[marker] = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
-        first = world.commit(states[0])
+        world.commit(states[0])
         world.fetch()
         with running(world.volume) as server:
             flipped = []
@@ -225,7 +243,6 @@ def flipping(folder: Path, at: str) -> Iterator[tuple[HttpFront, dict[str, str]]
             finally:
                 front.stop()
             assert flipped, front.seen
-            assert first
 
 
 @pytest.mark.parametrize("at", ["config.json", "model.safetensors"])

@@ -76,7 +76,7 @@ class HubRevisions:
             RequestError: NOT_READY, or UNKNOWN_REPO.
         """
         announced = self._catalog.active()
-        active = _repo_id(announced.snapshot.manifest, announced)
+        active = active_repo_id(announced)
         if _begins_with(segments, active):
             return active, segments[active.count("/") + 1 :]
         for repo in self._read_index(announced).repos:
@@ -91,7 +91,7 @@ class HubRevisions:
     def active_ref(self, repo: str) -> tuple[str, str] | None:
         """(branch or tag that was asked for, commit) of what is active; None if the repo was active earlier only."""
         announced = self._catalog.active()
-        if repo != _repo_id(announced.snapshot.manifest, announced):
+        if repo != active_repo_id(announced):
             return None
         return announced.active.requested, announced.active.commit
 
@@ -111,9 +111,7 @@ class HubRevisions:
         """
         announced = self._catalog.active()
         active = announced.active
-        if repo == _repo_id(announced.snapshot.manifest, announced) and (
-            ref in ACTIVE_REFS or ref in {active.requested, active.commit}
-        ):
+        if repo == active_repo_id(announced) and (ref in ACTIVE_REFS or ref in {active.requested, active.commit}):
             published_at = _published_at(announced.snapshot.manifest, active.commit) or active.activated_at
             return self._revision(announced.snapshot, active.commit, published_at, pinned=ref == active.commit)
         commit, kept = self._find(announced, repo, ref)
@@ -176,6 +174,11 @@ class HubRevisions:
 def _begins_with(segments: list[str], repo: str) -> bool:
     parts = repo.split("/")
     return segments[: len(parts)] == parts
+
+
+def active_repo_id(announced: Announced) -> str:
+    """What clients call the model that is active."""
+    return _repo_id(announced.snapshot.manifest, announced)
 
 
 def _repo_id(manifest: manifest_pb2.Manifest, announced: Announced) -> str:

@@ -17,6 +17,7 @@ from modelcache_server.catalog import Catalog, Origin, VolumeOrigin
 from modelcache_server.folder import FolderOrigin
 from modelcache_server.grpc_lane import GrpcServer, Links, WeightsService
 from modelcache_server.http_server import HttpServer
+from modelcache_server.hub_revisions import active_repo_id
 from modelcache_server.hub_routes import HubRoutes
 from modelcache_server.metrics import Metrics, build_info, gauge, total
 from modelcache_server.reader import BlockReader
@@ -138,6 +139,11 @@ class Server:
     def wait_ready(self, seconds: float) -> bool:
         """Wait until what is active is announced; False if it is not after `seconds`."""
         return self._watch.announced.wait(seconds)
+
+    @property
+    def hub_repo_id(self) -> str:
+        """What programs built on huggingface_hub call the model; raises RequestError while the server is not ready."""
+        return active_repo_id(self._catalog.active())
 
     @property
     def problem(self) -> str:
