@@ -23,6 +23,7 @@ from cluster.images import product_image
 from cluster.kubectl import Kubectl
 from cluster.machine import MachineCluster
 from cluster.node import state_root
+from cluster.product import SYSTEM, Hub, install, run_helm
 from cluster.second_node import second_node as second_node_object
 
 Cluster: TypeAlias = MachineCluster | GivenCluster
@@ -106,6 +107,23 @@ def load_product(cluster: Cluster, target: str) -> str:
     image = product_image(target)
     cluster.load(image)
     return image.name
+
+
+@pytest.fixture(scope="session")
+def installed(kubectl: Kubectl, runtime_image: str) -> Iterator[str]:
+    """The chart as `helm install` leaves it, with the operator ready; the value is the image that it runs."""
+    install(kubectl, runtime_image)
+    yield runtime_image
+    run_helm(kubectl, "uninstall", "modelcache", f"--namespace={SYSTEM}", "--ignore-not-found")
+
+
+@pytest.fixture(scope="session")
+def hub(kubectl: Kubectl, python_image: str) -> Iterator[Hub]:
+    """The small hub in a pod, in the namespace `hub`."""
+    kubectl.delete("namespace", "hub")
+    kubectl("create", "namespace", "hub")
+    yield Hub(kubectl.within("hub"), python_image)
+    kubectl.delete("namespace", "hub", wait=False)
 
 
 @pytest.fixture

@@ -1,12 +1,14 @@
 """Runs in a pod: the unit tests' fake hub behind addresses that the cluster can reach, with a way to make commits.
 
 Commands come as JSON over port 8002: {"commit": {"repo", "branch", "seed", "megabytes"}} answers the commit and the
-weights' SHA-256, with "bert": true they are a small model that transformers can load; {"fault": {…}} spoils requests;
-{"clear": true} ends all faults; {"downloads": true} answers how many files were asked for.
+weights' SHA-256 (of the file and of the tensors in it), with "bert": true they are a small model that transformers can
+load; {"folder": {"repo", "path"}} commits a folder's files; {"fault": {…}} spoils requests; {"clear": true} ends all
+faults; {"count": "/files/*"} answers how many GETs of such paths there were.
 """
 
 import array
 import contextlib
+import fnmatch
 import hashlib
 import json
 import math
@@ -114,13 +116,20 @@ def main():
                 content = bert_weights(commit["seed"]) if commit.get("bert") else plain_weights(commit)
                 files = {"model.safetensors": content, "config.json": json.dumps(config).encode()}
                 sha = hub.commit(commit["repo"], files, branch=commit.get("branch", "main"), token=commit.get("token"))
-                answer = {"commit": sha, "sha256": hashlib.sha256(content).hexdigest()}
+                tensors = content[8 + struct.unpack_from("<Q", content)[0] :]
+                digests = [hashlib.sha256(data).hexdigest() for data in (content, tensors)]
+                answer = {"commit": sha, "sha256": digests[0], "tensors": digests[1]}
+            if (folder := order.get("folder")) is not None:
+                root = Path(folder["path"])
+                files = {str(path.relative_to(root)): path for path in root.rglob("*") if path.is_file()}
+                answer = {"commit": hub.commit(folder["repo"], files)}
             if (fault := order.get("fault")) is not None:
                 hub.fault(**fault)
             if order.get("clear"):
                 hub.ledger.clear_faults()
-            if order.get("downloads"):
-                answer["downloads"] = len(hub.file_requests())
+            if (match := order.get("count")) is not None:
+                seen = [r for r in hub.ledger.requests if r.method == "GET" and fnmatch.fnmatchcase(r.path, match)]
+                answer = {"count": len(seen)}
             body = json.dumps(answer).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))

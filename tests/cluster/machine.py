@@ -178,10 +178,17 @@ class MachineCluster:
 
     def load(self, image: Image) -> None:
         """Gives the node an image, if it does not have it."""
+        if image.name not in self.images("list", "--quiet").split():
+            self.images("import", str(image.archive))
+
+    def tag(self, image: str, name: str) -> None:
+        """Gives an image that the node has another name beside its own."""
+        self.images("tag", image, name)
+
+    def images(self, *arguments: str) -> str:
+        """What the node's `ctr images` printed."""
         ctr = [*self.node.enter(), "ctr", f"--address={components.CONTAINERD_SOCKET}", "--namespace=k8s.io", "images"]
-        present = subprocess.run([*ctr, "list", "--quiet"], check=True, capture_output=True, text=True).stdout.split()
-        if image.name not in present:
-            subprocess.run([*ctr, "import", str(image.archive)], check=True, capture_output=True)
+        return subprocess.run([*ctr, *arguments], check=True, capture_output=True, text=True).stdout
 
     def load_base(self) -> str:
         """Loads the image with Python and a shell that the product's are built on; returns its name."""

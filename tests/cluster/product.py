@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cluster.kubectl import Kubectl, Resource
+from cluster.kubectl import Kubectl, Resource, condition
 from cluster.node import wait_until
 from cluster.programs import helm
 from cluster.workloads import container, pod, pod_spec
@@ -31,8 +33,32 @@ def install(kubectl: Kubectl, image: str, *arguments: str) -> None:
     repository, _, tag = image.rpartition(":")
     run_helm(
         kubectl, "upgrade", "--install", "modelcache", str(CHART), f"--namespace={SYSTEM}", "--create-namespace",
-        f"--set=image.repository={repository}", f"--set-string=image.tag={tag}", "--wait", "--timeout=120s", *arguments,
+        f"--set=image.repository={repository}", f"--set-string=image.tag={tag}", "--wait", "--timeout=120s",
+        # what is tried again after five minutes, in some seconds; and many ModelCaches of one hub beside each other
+        "--set-string=operator.env[0].name=MODELCACHE_RETRY_SECONDS,operator.env[0].value=15",
+        "--set=operator.maxFetchesPerHost=20,operator.maxFetches=20", *arguments,
     )  # fmt: skip
+
+
+@contextmanager
+def operator_down(kubectl: Kubectl) -> Iterator[None]:
+    """No operator runs within; afterwards it is ready again."""
+    within = kubectl.within(SYSTEM)
+    within("scale", "deployment/modelcache", "--replicas=0")
+    try:
+        within(
+            "wait", "--for=delete", "pod", "--selector=app.kubernetes.io/name=modelcache", "--timeout=60s", timeout=70
+        )
+        yield
+    finally:
+        within("scale", "deployment/modelcache", "--replicas=1")
+        within("rollout", "status", "deployment/modelcache", "--timeout=60s", timeout=70)
+
+
+def children(namespace: Kubectl, name: str) -> list[str]:
+    """Everything that a ModelCache of that name has in the namespace."""
+    kinds = "deployments,services,jobs,pods,persistentvolumeclaims,configmaps"
+    return [f"{o['kind']}/{o['metadata']['name']}" for o in namespace.list(kinds, f"modelcache.io/name={name}")]
 
 
 class Hub:
@@ -73,7 +99,7 @@ class Hub:
 
     def _try(self) -> bool:
         try:
-            self.order(downloads=True)
+            self.order(count="/")
         except Exception:  # noqa: BLE001 - not there yet
             return False
         return True
@@ -93,6 +119,26 @@ class Hub:
         """A new state of org/model; answers its commit and the weights' sha256."""
         return self.order(commit={"repo": "org/model", "seed": seed, **more})
 
+    def commit_folder(self, repo: str, folder: Path) -> str:
+        """A repo with the files of a folder of this machine; returns the commit."""
+        unpack = "import sys, tarfile; tarfile.open(fileobj=sys.stdin.buffer, mode='r|').extractall('/tmp/repo')"
+        packed = subprocess.run(["tar", "-C", str(folder), "-c", "."], check=True, capture_output=True).stdout
+        command = self.kubectl.argv("exec", "--stdin", "hub", "--", "python3", "-c", unpack)
+        subprocess.run(command, input=packed, check=True, timeout=120)
+        return str(self.order(folder={"repo": repo, "path": "/tmp/repo"})["commit"])
+
+    def slow(self, repo: str, bytes_per_second: float) -> None:
+        """Files of a repo come no faster than this, until `mend`."""
+        self.order(fault={"match": f"/files/{repo}/*", "times": -1, "bytes_per_second": bytes_per_second})
+
+    def mend(self) -> None:
+        """End all faults."""
+        self.order(clear=True)
+
+    def count(self, match: str = "/files/*") -> int:
+        """How many GETs of matching paths there were; by default of files' bytes."""
+        return int(self.order(count=match)["count"])
+
 
 class Model:
     """A ModelCache in a namespace."""
@@ -109,16 +155,20 @@ class Model:
         body = {"apiVersion": "modelcache.io/v1alpha1", "kind": "ModelCache", "metadata": {"name": self.name}}
         self.kubectl.apply({**body, "spec": {k: v for k, v in self.spec.items() if v is not None}})
 
-    def wait(self, condition: str = "UpToDate", seconds: int = 180) -> Resource:
+    def wait(self, type_: str = "UpToDate", seconds: int = 180) -> Resource:
         """`kubectl wait`, as a user does it."""
         self.kubectl(
             "wait",
-            f"--for=condition={condition}",
+            f"--for=condition={type_}",
             f"{MODELS}/{self.name}",
             f"--timeout={seconds}s",
             timeout=seconds + 10,
         )
         return self.get()
+
+    def condition(self, type_: str) -> Resource:
+        """A condition as it is now."""
+        return condition(self.get(), type_)
 
     def get(self) -> Resource:
         """The object."""
@@ -126,12 +176,12 @@ class Model:
         assert found is not None
         return found
 
-    def wait_for_reason(self, condition: str, reason: str, seconds: float = 120) -> Resource:
+    def wait_for_reason(self, type_: str, reason: str, seconds: float = 120) -> Resource:
         """Wait until a condition of the present generation has this reason."""
 
         def holds(cr: Resource) -> bool:
             return any(
-                c["type"] == condition
+                c["type"] == type_
                 and c["reason"] == reason
                 and c.get("observedGeneration") == cr["metadata"]["generation"]
                 for c in cr.get("status", {}).get("conditions", [])
@@ -140,9 +190,21 @@ class Model:
         return self.kubectl.wait_for(MODELS, self.name, holds, seconds=seconds)
 
 
-def reader(image: str, name: str, script: str, *arguments: str) -> Resource:
-    """A pod that runs a Python script of the client's side."""
-    spec = pod_spec(container(image, "python3", "-c", script, *arguments))
+def reader(image: str, name: str, script: str, *arguments: str, **env: str) -> Resource:
+    """A pod that runs a Python script of the client's side and may write in /tmp."""
+    variables = [{"name": key, "value": value} for key, value in env.items()]
+    spec = pod_spec(container(image, "python3", "-c", script, *arguments, env=variables))
     spec["volumes"] = [{"name": "tmp", "emptyDir": {}}]
     spec["containers"][0]["volumeMounts"] = [{"name": "tmp", "mountPath": "/tmp"}]
     return pod(name, spec)
+
+
+def printed_by(namespace: Kubectl, made: Resource, seconds: float = 120) -> str:
+    """Run a pod of `reader` to its end and return what it printed; it must succeed."""
+    name = made["metadata"]["name"]
+    namespace.delete("pod", name)
+    namespace.apply(made)
+    ended = namespace.wait_for("pod", name, lambda p: p["status"]["phase"] in {"Succeeded", "Failed"}, seconds=seconds)
+    printed = namespace("logs", name)
+    assert ended["status"]["phase"] == "Succeeded", printed
+    return printed
