@@ -58,12 +58,14 @@ proto: ## Generate the protobuf stubs
 	tests/support/generate_stubs weight_server
 
 .PHONY: test
-test: system check ## Everything once: checks, unit and integration tests with real servers
+test: system check ## Everything once: checks, unit and integration tests with real servers, and on a real Kubernetes
 	$(BIN)/python -m pytest tests/integration -m 'not slow'
+	$(MAKE) e2e SELECT='not slow'
 
 .PHONY: test-all
-test-all: test ## Also soaks, fuzzing and kill matrices
+test-all: test ## Also soaks, fuzzing, kill matrices and every fault on the cluster
 	$(BIN)/python -m pytest tests/unit tests/integration -m slow
+	$(MAKE) e2e SELECT=slow
 
 .PHONY: bench
 bench: setup ## Print the table of ratios and write build/bench.json
@@ -81,14 +83,17 @@ cluster-down: setup ## Stop that cluster; nothing is left of it
 cluster-packages:
 	tests/support/install_system_packages tests/support/system-packages-cluster.txt
 
+# What tests/cluster is asked for: a pytest mark expression, or nothing for all.
+SELECT ?= not slow
+
 .PHONY: e2e
 ifdef KUBECONFIG
-e2e: setup ## Tests on a real Kubernetes: on KUBECONFIG's, or on one started for them
+e2e: setup ## Tests on a real Kubernetes (all: SELECT=): on KUBECONFIG's, or on one started for them
 else
 e2e: setup cluster-packages
 	PYTHONPATH=tests $(BIN)/python -m cluster build
 endif
-	$(BIN)/python -m pytest tests/cluster
+	$(BIN)/python -m pytest tests/cluster -m '$(SELECT)'
 
 .PHONY: clean
 clean: ## Remove what the other targets made

@@ -43,6 +43,9 @@ def main(arguments: list[str] | None = None, json: Path = JSON) -> int:
     for benchmark, rows in chosen:
         try:
             pairs = benchmark.run(quick=options.quick)
+        except registry.NotMeasurable as why:
+            print(*(f"{row.name:<36} not measured: {why}" for row in rows), sep="\n", flush=True)
+            continue
         except Exception:  # noqa: BLE001 - whatever stopped one, the others are still measured
             traceback.print_exc()
             print(*(f"{row.name:<36} FAILED" for row in rows), sep="\n")

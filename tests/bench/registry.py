@@ -38,6 +38,10 @@ class Row:
         return self.goal is None or (ratio <= self.goal if self.better == "lower" else ratio >= self.goal)
 
 
+class NotMeasurable(Exception):
+    """This machine lacks what a benchmark needs; the text says what."""
+
+
 @dataclass(frozen=True)
 class Run:
     """What a benchmark is given: how thorough to be, a folder of its own, and an end at which things are closed."""

@@ -222,6 +222,7 @@ def test_the_class_sized_refuses_read_write_many(namespace: Kubectl, python_imag
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "component", ["kube-apiserver", "kubelet", "containerd", "kube-controller-manager", "volume-provisioner"]
 )
@@ -303,7 +304,7 @@ def traces() -> dict[str, set[str]]:
     }
 
 
-@pytest.mark.parametrize("end", ["stopped", "starter killed"])
+@pytest.mark.parametrize("end", [pytest.param("stopped", marks=pytest.mark.slow), "starter killed"])
 def test_nothing_is_left_of_a_second_cluster_beside_the_first(
     end: str, machine_cluster: MachineCluster, kubectl: Kubectl, tmp_path: Path
 ) -> None:

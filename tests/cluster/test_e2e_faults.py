@@ -67,7 +67,7 @@ def test_what_is_wrong_with_the_source_is_named_and_heals_when_it_is_mended(inst
         assert condition(cr, "Ready")["status"] == "False"
         message = condition(cr, stage)["message"]
         assert "tried again" in message
-        expected = {"missing": "'missing'", "wrong": "hf_access_token", "absent": "org/absent"}
+        expected = {"missing": "'missing'", "wrong": "refused the token", "absent": "org/absent"}
         assert expected.get(name, "") in message
 
     hub.mend()
@@ -92,7 +92,7 @@ def test_what_is_wrong_with_the_source_is_named_and_heals_when_it_is_mended(inst
 def test_fetches_that_are_killed_and_evicted_go_on(installed, mended, namespace):
     hub = mended
     hub.commit(1, repo="org/slow", megabytes=12)
-    hub.slow("org/slow", 1.5e6)
+    hub.slow("org/slow", 2e5)
     killed, evicted = (Model(namespace, hub, name, repoId="org/slow") for name in ("killed", "evicted"))
     for model in (killed, evicted):
         model.wait_for_reason("Fetched", "Fetching")
@@ -213,7 +213,7 @@ def test_an_image_that_cannot_be_pulled_is_named_and_heals_when_it_is_there(
 def test_a_component_that_breaks_during_the_fetch(component, how, installed, mended, namespace, machine_cluster):
     hub = mended
     hub.commit(1, repo="org/slow", megabytes=12)
-    hub.slow("org/slow", 1.5e6)
+    hub.slow("org/slow", 2e5)
     model = Model(namespace, hub, repoId="org/slow")
     running_pod(namespace, "fetch")
     if how == "freeze":

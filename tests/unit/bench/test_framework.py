@@ -6,7 +6,7 @@ import pytest
 
 from bench import cli, registry
 from bench.measure import Pair, interleaved
-from bench.registry import Row, benchmark
+from bench.registry import NotMeasurable, Row, benchmark
 
 FASTER = Row("x.time", unit="s", better="lower", goal=1.3, issue=1)
 MORE = Row("x.rate", unit="GB/s", better="higher", goal=0.85, issue=1)
@@ -90,6 +90,15 @@ def test_of_two_goals_one_is_enough_where_the_issue_says_so(rows, tmp_path, caps
     shown = [line.split() for line in printed.out.splitlines()[1:]]
     assert all(verdict in line for verdict, line in zip(verdicts, shown, strict=True))
     assert f"{verdicts.count('UNMET')} unmet" in printed.err
+
+
+def test_a_row_that_cannot_be_measured_here_says_why_and_is_no_error(rows, tmp_path, capsys):
+    @benchmark(FASTER)
+    def impossible(run):
+        raise NotMeasurable("needs root")
+
+    assert run(tmp_path) == (0, [])
+    assert "not measured: needs root" in capsys.readouterr().out
 
 
 def test_a_row_that_fails_is_an_error_and_the_others_still_run(rows, tmp_path, capsys):
