@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from cluster.kubectl import Kubectl
 from cluster.node import NODE_NAME, wait_until
-from cluster.product import SYSTEM, Hub, Model, install, run_helm
+from cluster.product import Hub, Model
 from cluster.second_node import second_node
 
 
-@pytest.fixture(scope="module")
-def hub(kubectl: Kubectl, python_image: str, runtime_image: str) -> Iterator[Hub]:
-    """A hub, beside the installed product."""
-    install(kubectl, runtime_image)
-    kubectl("create", "namespace", "placement-hub")
-    try:
-        yield Hub(kubectl.within("placement-hub"), python_image)
-    finally:
-        kubectl.delete("namespace", "placement-hub", wait=False)
-        run_helm(kubectl, "uninstall", "modelcache", f"--namespace={SYSTEM}", "--wait")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("installed")]
 
 
 def server_nodes(namespace: Kubectl) -> list[str]:
