@@ -9,7 +9,6 @@ from cluster.node import NODE_NAME, wait_until
 from cluster.product import Hub, Model
 from cluster.second_node import second_node
 
-
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("installed")]
 
 
