@@ -43,6 +43,7 @@ def mended(hub):
     hub.mend()
 
 
+@pytest.mark.slow
 def test_what_is_wrong_with_the_source_is_named_and_heals_when_it_is_mended(installed, mended, namespace, kubectl):
     hub, where = mended, namespace.namespace
     hub.commit(1, repo="org/gated", token="hf_good", megabytes=1)
@@ -89,6 +90,7 @@ def test_what_is_wrong_with_the_source_is_named_and_heals_when_it_is_mended(inst
     assert "hf_bad" not in everything
 
 
+@pytest.mark.slow
 def test_fetches_that_are_killed_and_evicted_go_on(installed, mended, namespace):
     hub = mended
     hub.commit(1, repo="org/slow", megabytes=12)
