@@ -58,9 +58,19 @@ proto: ## Generate the protobuf stubs
 	tests/support/generate_stubs weight_server
 
 .PHONY: test
-test: system check ## Everything once: checks, unit and integration tests with real servers, and on a real Kubernetes
-	$(BIN)/python -m pytest tests/integration -m 'not slow'
+test: system cluster-packages ## Everything once: checks, unit and integration tests with real servers, and on a real Kubernetes
+	$(MAKE) --jobs=2 tested built
 	$(MAKE) e2e SELECT='not slow'
+
+# Beside each other: the tests leave a core idle for most of their time.
+.PHONY: tested built
+tested: check
+	$(BIN)/python -m pytest tests/integration -m 'not slow'
+
+built: setup
+ifndef KUBECONFIG
+	PYTHONPATH=tests $(BIN)/python -m cluster build
+endif
 
 .PHONY: test-all
 test-all: test ## Also soaks, fuzzing, kill matrices and every fault on the cluster

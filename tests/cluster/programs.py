@@ -26,8 +26,8 @@ NAMES = (
     "kubelet",
     "volume-provisioner",
 )
-# Builds take minutes of every core they get; tests that run beside them have deadlines.
-CONSIDERATELY = ("nice", "-n", "19")
+# Builds take minutes of every core they get; tests that run beside them have deadlines. A build ends with its starter.
+CONSIDERATELY = ("setpriv", "--pdeathsig=TERM", "nice", "-n", "19")
 
 
 def cache_root() -> Path:
