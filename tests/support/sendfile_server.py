@@ -226,7 +226,8 @@ class FileHandler(BaseHTTPRequestHandler):
 
     def _next_stop(self, fault: Fault, start: int, position: int, end: int) -> int:
         """Up to where the next system call may send."""
-        step = SEND_BYTES if fault.bytes_per_second is None else max(4096, int(fault.bytes_per_second / 20))
+        # A slow network trickles: one large step would be counted as sent to a client that has just been killed.
+        step = SEND_BYTES if fault.bytes_per_second is None else max(4096, int(fault.bytes_per_second / 100))
         stop = min(end, position + step)
         for limit in (fault.cut_after, fault.stall_after):
             if limit is not None:
