@@ -1,5 +1,6 @@
 """The program that Jobs run: modelcache-fetch."""
 
+import itertools
 import json
 import os
 import signal
@@ -103,7 +104,8 @@ def slow_fetch(hub, tmp_path, *more):
 def test_progress_is_printed_each_second_and_served(hub, tmp_path):
     process = slow_fetch(hub, tmp_path, "--progress-port", "0")
     try:
-        lines = [json.loads(process.stdout.readline())["progress"] for _ in range(2)]
+        told = (json.loads(line)["progress"] for line in process.stdout)
+        lines = list(itertools.islice((each for each in told if each["bytes"]), 2))
     finally:
         process.kill()
         process.communicate()
