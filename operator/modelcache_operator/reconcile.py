@@ -84,8 +84,8 @@ def _up_to_date(observed: Observed, actions: Actions, planned: Planned, fetched:
     if served.is_wanted and behind:
         actions.look_again(1)
         return Condition(UP_TO_DATE, "False", "Announcing", "Servers are warming up the new revision.")
-    what = f"{active.requested} is " if active.requested else ""
-    return Condition(UP_TO_DATE, "True", "UpToDate", f"{what}{active.commit} is what the spec asks for.")
+    what = f" ({active.requested})" if active.requested else ""
+    return Condition(UP_TO_DATE, "True", "UpToDate", f"Revision {active.commit}{what} is what the spec asks for.")
 
 
 def _ready(fetched: Fetched, served: Served, up_to_date: Condition) -> Condition:

@@ -188,7 +188,7 @@ def test_what_a_user_sees(images: dict[str, str], hub: Hub, restricted: Kubectl)
     assert header == ["NAME", "READY", "UPTODATE", "REASON", "REVISION", "SIZE", "PROGRESS", "AGE"]
     assert row[:4] == ["bert-base", "True", "True", "UpToDate"]
     described = printed["describe mc bert-base"]
-    assert "UpToDate is True: main is" in described
+    assert "UpToDate is True: Revision" in described
     assert "Resolved" in described
     assert printed["scale mc/bert-base --replicas=1"] == "modelcache.modelcache.io/bert-base scaled\n"
     assert "condition met" in printed["wait --for=condition=UpToDate mc/bert-base --timeout=30m"]

@@ -44,6 +44,7 @@ def test_the_way_to_ready():
     assert status["revision"]["short"] == "a" * 12
     assert (status["files"], status["bytes"], status["size"]) == (3, 100 * 2**20, "100.0 MiB")
     assert "progress" not in status
+    assert world.message("UpToDate") == f"Revision {COMMITS['main']} (main) is what the spec asks for."
     assert world.events == ["Activated"]
 
 
