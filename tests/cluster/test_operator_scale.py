@@ -17,7 +17,7 @@ MODELS = 1000
 MIB = 2**20
 OWN_METRICS = "modelcache_operator_reconciles_total"
 REQUESTS = re.compile(
-    r'^apiserver_request_total\{.*resource="(?P<what>[^"]*)".*verb="(?P<verb>[^"]*)".*\} (?P<count>\S+)'
+    r'^apiserver_request_total\{.*[{,]resource="(?P<what>[^"]*)".*verb="(?P<verb>[^"]*)".*\} (?P<count>\S+)'
 )
 WRITES = {"POST", "PUT", "PATCH", "APPLY", "DELETE", "DELETECOLLECTION"}
 
