@@ -166,7 +166,7 @@ def answers(client: Any) -> bool:
 
 
 def test_what_a_user_sees(images: dict[str, str], hub: Hub, restricted: Kubectl) -> None:
-    """The commands of docs/operations/kubectl.md; MODELCACHE_TRANSCRIPT names a file that takes what they print."""
+    """The commands of docs/operations/kubectl.md; KUBECTL_TRANSCRIPT names a file that takes what they print."""
     hub.order(commit={"repo": BERT, "seed": 1, "bert": True})
     restricted("apply", f"--filename={EXAMPLES}/minimal.yaml")
     wait_up_to_date(restricted, "bert-base")
@@ -195,7 +195,7 @@ def test_what_a_user_sees(images: dict[str, str], hub: Hub, restricted: Kubectl)
     explained = printed["explain mc.spec.storage"]
     for words in ("The volume that keeps the snapshots.", "reclaimPolicy", "enum: Delete, Retain", "existingClaim"):
         assert words in explained
-    if path := os.environ.get("MODELCACHE_TRANSCRIPT"):
+    if path := os.environ.get("KUBECTL_TRANSCRIPT"):
         Path(path).write_text("".join(f"$ kubectl {command}\n{text}\n" for command, text in printed.items()))
 
 
