@@ -92,13 +92,13 @@ def add_serving(parser: argparse.ArgumentParser) -> None:
         metavar="ADDRESS",
         help="address to listen on; 0.0.0.0 lets other machines in (default: %(default)s)",
     )
-    for lane, port, what in (
-        ("grpc", DEFAULT_GRPC_PORT, "gRPC API, which clients connect to"),
-        ("http", DEFAULT_HTTP_PORT, "HTTP lane, which carries the bytes"),
-        ("metrics", DEFAULT_METRICS_PORT, "/metrics, /healthz and /readyz"),
+    for names, port, what in (
+        (("--grpc-port", "--port"), DEFAULT_GRPC_PORT, "gRPC API, which clients connect to"),
+        (("--http-port",), DEFAULT_HTTP_PORT, "HTTP lane, which carries the bytes"),
+        (("--metrics-port", "--status-port"), DEFAULT_METRICS_PORT, "/metrics, /healthz and /readyz"),
     ):
         parser.add_argument(
-            f"--{lane}-port",
+            *names,
             type=port_number,
             default=port,
             metavar="PORT",

@@ -79,30 +79,80 @@ def _grpc(target: Target) -> Read:
 
 def _http(target: Target) -> Read:
     connection = raw_tcp.connect(target.port)
-    flags = socket.MSG_WAITALL
-    if target.lane == "https":
-        context = ssl.create_default_context(cafile=target.certificate)
-        connection = context.wrap_socket(connection, server_hostname="localhost")
-        flags = 0
+    receive = _Decrypted(connection, target.certificate) if target.lane == "https" else _Plain(connection)
     head = (
         f"GET /v1/snapshots/{target.digest}/{target.path} HTTP/1.1\r\nHost: localhost\r\n"
         f"Authorization: Bearer {target.token}\r\nRange: bytes="
     )
 
     def read(offset: int, into: memoryview) -> None:
-        connection.sendall(f"{head}{offset}-{offset + len(into) - 1}\r\n\r\n".encode())
+        receive.send(f"{head}{offset}-{offset + len(into) - 1}\r\n\r\n".encode())
         answer = b""
         while b"\r\n\r\n" not in answer:
-            answer += connection.recv(1024)
+            answer += receive.some(1024)
         start, _, rest = answer.partition(b"\r\n\r\n")
         if not start.startswith(b"HTTP/1.1 206 "):
             raise ConnectionError(start.decode("latin-1"))
         into[: len(rest)] = rest
         received = len(rest)
         while received < len(into):
-            count = connection.recv_into(into[received : received + raw_tcp.STEP_BYTES], 0, flags)
+            count = receive.into(into[received : received + raw_tcp.STEP_BYTES])
             if not count:
                 raise ConnectionError("the server closed the connection")
             received += count
 
     return read
+
+
+class _Plain:
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self.send = connection.sendall
+        self.some = connection.recv
+
+    def into(self, view: memoryview) -> int:
+        return self._connection.recv_into(view, 0, socket.MSG_WAITALL)
+
+
+class _Decrypted:
+    """TLS through memory buffers: SSLSocket asks the kernel for each record of 16 KiB, this for 256 KiB."""
+
+    def __init__(self, connection: socket.socket, certificate: str) -> None:
+        self._connection = connection
+        self._received = memoryview(bytearray(256 * 1024))
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        context = ssl.create_default_context(cafile=certificate)
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname="localhost")
+        while True:
+            try:
+                self._tls.do_handshake()
+            except ssl.SSLWantReadError:
+                self._flush()
+                self._feed()
+            else:
+                self._flush()
+                return
+
+    def send(self, data: bytes) -> None:
+        self._tls.write(data)
+        self._flush()
+
+    def some(self, size: int) -> bytes:
+        view = memoryview(bytearray(size))
+        return bytes(view[: self.into(view)])
+
+    def into(self, view: memoryview) -> int:
+        while True:
+            try:
+                return self._tls.read(len(view), view)
+            except ssl.SSLWantReadError:
+                self._feed()
+
+    def _feed(self) -> None:
+        count = self._connection.recv_into(self._received)
+        if not count:
+            raise ConnectionError("the server closed the connection")
+        self._incoming.write(self._received[:count])
+
+    def _flush(self) -> None:
+        self._connection.sendall(self._outgoing.read())

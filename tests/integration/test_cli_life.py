@@ -1,10 +1,12 @@
 """The life cycle on one machine, through the command line alone."""
 
 import contextlib
+import http.client
 import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import termios
@@ -28,6 +30,7 @@ from support.cli import (
 )
 from support.fetching import safetensors_bytes
 from support.processes import REPOSITORY, Child
+from support.server_security import AUDIENCE, ISSUER, Issuer, write_certificate
 
 
 @pytest.fixture
@@ -264,3 +267,39 @@ def test_a_stopped_demonstration_stops_what_it_started(number):
         demonstration.process.send_signal(number)
         assert demonstration.wait(60) == 128 + number
         wait_until(lambda: not processes_of(mark), 10)
+
+
+def test_serve_takes_what_the_server_takes(tmp_path, manifest, root):
+    fetch_here(manifest, root)
+    chain, key = write_certificate(tmp_path)
+    issuer = Issuer()
+    issuer.add_ec("a")
+    options = (
+        "--tls-cert", chain, "--tls-key", key, "--token-key-set", issuer.publish(tmp_path / "keys.json"),
+        "--token-issuer", ISSUER, "--token-audience", AUDIENCE, "--allow", "default/reader", "--warmup", "none",
+        "--log-level", "info", "--log-format", "json",
+    )  # fmt: skip
+    with serving("serve", "--volume", root, *options, ready=tmp_path / "ready.json") as (child, addresses):
+        port = addresses["http"].rpartition(":")[2]
+        context = ssl.create_default_context(cafile=str(chain))
+        path = f"/v1/snapshots/{Volume.open(root).active('small').digest}/README.md"
+        for token, status in ((issuer.token(seconds=60), 200), ("wrong", 401)):
+            connection = http.client.HTTPSConnection("localhost", int(port), context=context, timeout=30)
+            with contextlib.closing(connection):
+                connection.request("GET", path, headers={"Authorization": f"Bearer {token}"})
+                assert connection.getresponse().status == status
+        child.wait_for(r'"code": "401"')
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--tls-cert", "missing.pem"), "--tls-cert and --tls-key belong together"),
+        (("--tls-cert", "missing.pem", "--tls-key", "missing.pem"), "TLS is not possible with missing.pem"),
+        (("--token-issuer", "x"), "belong together: give all four"),
+        (("--redis-url-file", "missing"), "missing"),
+    ],
+)
+def test_serve_refuses_what_the_server_refuses(manifest, root, options, sentence):
+    fetch_here(manifest, root)
+    assert sentence in refused(2, "serve", "--volume", root, *FREE_PORTS, *options)

@@ -105,26 +105,47 @@ def test_folders_that_cannot_be_served_are_refused_at_once(tmp_path, folder):
             WeightServer(**folders)
 
 
-def test_start_server_serves_until_its_task_is_cancelled(tmp_path):
-    volume, snapshot = make_volume(tmp_path / "volume", {"model.bin": random_bytes(MIB)})
-    server = WeightServer(chunks_dir=str(volume.root), cache_size_mb=100, **PORTS)
+def fetched_while_started(server: WeightServer, path: str) -> bytes:
+    """What a server gives out between `await server.start_server()` and the end of that task."""
 
-    async def main() -> None:
+    async def main() -> bytes:
         task = asyncio.create_task(server.start_server())
         while True:
             await asyncio.sleep(0.01)
             try:
-                port = server.addresses.http
+                addresses = server.addresses
                 break
             except RuntimeError:
                 assert not task.done()
-        status, body = await asyncio.to_thread(get, port, snapshot.digest, "model.bin")
-        assert (status, body) == (200, random_bytes(MIB))
+        manifest = await asyncio.to_thread(manifest_of, addresses.grpc)
+        status, body = await asyncio.to_thread(get, addresses.http, manifest.digest, path)
+        assert status == 200
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+        return body
 
-    asyncio.run(main())
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize("argument", ["model_path", "chunks_dir"])
+def test_start_server_serves_a_folder_or_a_volume_until_its_task_is_cancelled(tmp_path, folder, argument):
+    volume, _ = make_volume(tmp_path / "volume", {"model.safetensors": safetensors(MIB)})
+    whole = WeightServer(**{argument: str(folder)}, cache_size_mb=100, **PORTS)
+    assert fetched_while_started(whole, "model.safetensors") == safetensors()
+    whole = WeightServer(**{argument: str(volume.root)}, cache_size_mb=100, **PORTS)
+    assert fetched_while_started(whole, "model.safetensors") == safetensors(MIB)
+
+
+def test_start_server_of_the_advanced_server_serves_a_folder_or_a_volume(tmp_path, folder):
+    volume, _ = make_volume(tmp_path / "volume", {"model.safetensors": safetensors(MIB)})
+    with redis_server() as redis:
+        options = {"redis_url": redis.url, "cache_size_mb": 64, **PORTS}
+        server = AdvancedWeightServer(chunks_dir=str(folder), **options)
+        assert fetched_while_started(server, "model.safetensors") == safetensors()
+        server = AdvancedWeightServer(chunks_dir=str(volume.root), **options)
+        assert fetched_while_started(server, "model.safetensors") == safetensors(MIB)
+        wait_for_keys(redis, 3)
 
 
 def test_the_advanced_server_shares_its_blocks(tmp_path):

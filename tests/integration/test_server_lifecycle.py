@@ -405,3 +405,15 @@ def test_the_program_says_in_a_sentence_why_it_cannot_serve(tmp_path):
         assert program.wait() == 1
         assert "modelcache-server: " in program.output
         assert "Traceback" not in program.output
+
+
+def test_a_cache_without_huge_pages_is_said(tmp_path, caplog, monkeypatch):
+    volume, _ = make_volume(tmp_path / "volume", {"model.bin": b"x"})
+    given = {"huge": 64 * MIB}
+    monkeypatch.setattr("modelcache_server.arena.Arena.page_use", lambda arena: (arena.size, given["huge"]))
+    with running(volume.root):
+        assert "huge pages" not in caplog.text
+    given["huge"] = 2 * MIB
+    with running(volume.root) as server:
+        assert "only 2 of the cache's 64 MiB are in huge pages" in caplog.text
+        assert server.metric("arena_huge_bytes") == 2 * MIB

@@ -1,15 +1,19 @@
 """The second tier: replicas share blocks, and nothing that Redis does changes a byte."""
 
+import contextlib
 import os
 import signal
+import socket
 import threading
+import time
 
 import pytest
 
 from modelcache_server import RedisSettings, Server, ServerError, ServerSettings
 from modelcache_volume import BLOCK_BYTES
-from support.server_redis import redis_server, start_redis, wait_for_keys
-from support.server_volume import MIB, make_volume, nothing_left_behind, random_bytes, running, wait_until
+from support.server_redis import free_port, redis_server, start_redis, wait_for_keys
+from support.server_security import write_certificate
+from support.server_volume import HOST, MIB, make_volume, nothing_left_behind, random_bytes, running, wait_until
 
 DATA = random_bytes(4 * BLOCK_BYTES, 1)
 
@@ -117,6 +121,8 @@ def test_a_redis_without_memory_or_with_a_password_only_costs_speed(volume):
     with redis_server("--requirepass", "secret") as redis:
         with replica(volume, redis.url) as server:
             assert body(server, volume) == DATA
+            assert server.metric("redis_failures_total") >= 1
+            assert server.metric('redis_reads_total{result="wrong"}') == 0
         with replica(volume, redis.url.replace("redis://", "redis://:secret@")) as server:
             assert body(server, volume) == DATA
             wait_until(lambda: server.metric('redis_writes_total{result="written"}') == 4, "not written")
@@ -126,3 +132,56 @@ def test_a_url_without_sense_is_refused_and_never_shown(volume):
     with pytest.raises(ServerError) as caught:
         Server(ServerSettings(root=volume[0].root, cache_bytes=64 * MIB, redis=RedisSettings("http://:secret@host")))
     assert "secret" not in str(caught.value)
+
+
+def test_redis_over_tls_gives_the_same_bytes(volume, tmp_path):
+    chain, key = write_certificate(tmp_path)
+    port = free_port()
+    options = (
+        "--port", "0", "--tls-port", str(port), "--tls-cert-file", str(chain), "--tls-key-file", str(key),
+        "--tls-ca-cert-file", str(chain), "--tls-auth-clients", "no",
+    )  # fmt: skip
+    url = f"rediss://localhost:{port}/0?ssl_ca_certs={chain}"
+    server = start_redis(None, *options)
+    with server.process:
+        server.process.wait_for("Ready to accept connections")
+        with replica(volume, url) as first:
+            assert body(first, volume) == DATA
+            wait_until(lambda: first.metric('redis_writes_total{result="written"}') == 4, "not written")
+        with replica(volume, url) as second:
+            assert body(second, volume) == DATA
+            assert second.metric('load_seconds_count{tier="redis"}') == 4
+
+
+@pytest.mark.parametrize(
+    "reply", [b"$4194304\r\n" + b"x" * 100, b"$41943040\r\n", b"+OK\r\n", b"", b"$4194304\r\n" + b"x" * BLOCK_BYTES]
+)
+def test_something_else_on_redis_port_costs_one_time_out(volume, reply):
+    """It answers whatever it is asked with the beginning of a reply, and then with nothing more."""
+    connections = []
+    with socket.create_server((HOST, 0)) as listener:
+
+        def answer() -> None:
+            while True:
+                try:
+                    connection, _ = listener.accept()
+                except OSError:
+                    return
+                connections.append(connection)
+                with contextlib.suppress(OSError):
+                    connection.recv(4096)
+                    connection.sendall(reply)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        try:
+            with replica(volume, f"redis://{HOST}:{listener.getsockname()[1]}") as server:
+                start = time.monotonic()
+                assert body(server, volume) == DATA
+                assert time.monotonic() - start < 5
+                assert server.metric('load_seconds_count{tier="volume"}') == 4
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
+            for connection in connections:
+                connection.close()

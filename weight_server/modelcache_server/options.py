@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from modelcache_server.settings import (
@@ -49,53 +50,79 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     network.add_argument("--port", type=_port, default=9090, help="gRPC (default: 9090; 0: any free port)")
     network.add_argument("--http-port", type=_port, default=8080, help="bytes over HTTP (default: 8080)")
     network.add_argument("--status-port", type=_port, default=9091, help="/healthz /readyz /metrics (default: 9091)")
-    network.add_argument("--tls-cert", type=Path, metavar="FILE", help="certificate chain (PEM); reloaded on change")
-    network.add_argument("--tls-key", type=Path, metavar="FILE", help="its private key (PEM)")
-    cache = parser.add_argument_group("cache")
-    cache.add_argument(
+    parser.add_argument(
         "--cache-size", type=parse_cache_size, default=1 << 30, metavar="SIZE", help="memory for blocks (default: 1Gi)"
     )
-    cache.add_argument(
-        "--warmup", type=parse_warmup, default=None, metavar="all|none|SIZE", help="load before ready (default: all)"
-    )
-    cache.add_argument("--read-ahead", type=int, default=4, metavar="BLOCKS", help="4 MiB blocks ahead (default: 4)")
-    cache.add_argument(
-        "--redis-url-file", type=Path, metavar="FILE", help=f"file with a Redis URL (or set {REDIS_URL_VARIABLE})"
-    )
-    cache.add_argument(
-        "--redis-ttl", type=int, default=86400, metavar="SECONDS", help="of blocks there (default: a day)"
-    )
-    access = parser.add_argument_group("access (all four together: only tokens of these accounts may read)")
-    access.add_argument("--token-key-set", type=Path, metavar="FILE", help="JSON Web Key Set; reloaded on change")
-    access.add_argument("--token-issuer", metavar="ISS", help="the tokens' issuer")
-    access.add_argument("--token-audience", metavar="AUD", help="the tokens' audience")
-    access.add_argument(
-        "--allow", action="append", default=[], metavar="NAMESPACE/NAME", help="service account; repeat; NAME may be *"
-    )
-    limits = parser.add_argument_group("limits")
-    limits.add_argument(
-        "--inflight", type=parse_size, metavar="SIZE", help="bytes being sent (default: 3/4 of the cache)"
-    )
-    limits.add_argument("--max-streams", type=int, default=64, metavar="N", help="gRPC reads at once (default: 64)")
-    limits.add_argument(
-        "--drain", type=float, default=0.0, metavar="SECONDS", help="serve on, unready, before stopping"
-    )
-    limits.add_argument(
+    parser.add_argument(
         "--grace", type=float, default=20.0, metavar="SECONDS", help="for reads to finish (default: 20)"
     )
-    logs = parser.add_argument_group("logs")
-    logs.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
-    logs.add_argument("--log-format", choices=("json", "text"), default="json")
+    add_common(parser, log_level="info", log_format="json")
+
+
+def add_common(parser: argparse.ArgumentParser, *, log_level: str, log_format: str) -> None:
+    """Add what `modelcache-server` and `modelcache serve` both take, in the same words."""
+    add = parser.add_argument
+    add("--tls-cert", type=Path, metavar="FILE", help="certificate chain of both lanes (PEM); reloaded on change")
+    add("--tls-key", type=Path, metavar="FILE", help="its private key (PEM)")
+    add(
+        "--warmup",
+        type=parse_warmup,
+        default=None,
+        metavar="all|none|SIZE",
+        help="what is in the cache before the server is ready (default: all that fits)",
+    )
+    add("--read-ahead", type=int, default=4, metavar="BLOCKS", help="4 MiB blocks loaded ahead (default: 4)")
+    add(
+        "--redis-url-file",
+        type=Path,
+        metavar="FILE",
+        help=f"file with the URL of a Redis that replicas share (default: ${REDIS_URL_VARIABLE}, or else none)",
+    )
+    add("--redis-ttl", type=int, default=86400, metavar="SECONDS", help="of blocks in Redis (default: 86400, a day)")
+    add(
+        "--token-key-set",
+        type=Path,
+        metavar="FILE",
+        help="JSON Web Key Set (reloaded on change): only bearer tokens signed by its keys may read; needs the next "
+        "three (default: everybody may read)",
+    )
+    add("--token-issuer", metavar="ISS", help="the tokens' issuer")
+    add("--token-audience", metavar="AUD", help="the tokens' audience")
+    add(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="NAMESPACE/NAME",
+        help="service account that may read; repeat it for more; NAME may be *",
+    )
+    add("--inflight", type=parse_size, metavar="SIZE", help="bytes being sent at once (default: 3/4 of the cache)")
+    add("--max-streams", type=int, default=64, metavar="N", help="gRPC reads at once (default: 64)")
+    add(
+        "--drain",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="serve on, unready, before stopping (default: not at all)",
+    )
+    add(
+        "--log-level",
+        choices=("debug", "info", "warning", "error"),
+        default=log_level,
+        metavar="debug|info|warning|error",
+        help=f"lowest level that is logged; info has a line for each request (default: {log_level})",
+    )
+    add(
+        "--log-format",
+        choices=("json", "text"),
+        default=log_format,
+        metavar="json|text",
+        help=f"form of a log line (default: {log_format})",
+    )
 
 
 def settings_from(args: argparse.Namespace) -> ServerSettings:
-    """The settings that parsed arguments mean.
-
-    Raises:
-        ValueError: they contradict each other.
-        OSError: a named file cannot be read.
-    """
-    return ServerSettings(
+    """The settings that parsed arguments of `add_arguments` mean. Raises as `with_common`."""
+    settings = ServerSettings(
         root=args.root,
         name=args.name,
         host=args.host,
@@ -103,6 +130,19 @@ def settings_from(args: argparse.Namespace) -> ServerSettings:
         http_port=args.http_port,
         status_port=args.status_port,
         cache_bytes=args.cache_size,
+    )
+    return with_common(settings, args)
+
+
+def with_common(settings: ServerSettings, args: argparse.Namespace) -> ServerSettings:
+    """The settings with what the options of `add_common` say.
+
+    Raises:
+        ValueError: they contradict each other.
+        OSError: a named file cannot be read.
+    """
+    return replace(
+        settings,
         warmup_bytes=args.warmup,
         drain_seconds=args.drain,
         inflight_bytes=args.inflight,

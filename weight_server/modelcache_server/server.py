@@ -78,7 +78,7 @@ class Server:
             self._reader,
             warmup_bytes=settings.warmup_bytes,
             poll_seconds=settings.poll_seconds,
-            prepare=self._arena.prefault,
+            prepare=self._take_memory,
             on_first=self._tell_health,
         )
         private = settings.tokens is not None
@@ -173,6 +173,17 @@ class Server:
         if self._stopping:
             return "stopping"
         return "" if self._watch.announced.is_set() else self._watch.problem
+
+    def _take_memory(self) -> None:
+        self._arena.prefault()
+        _, huge = self._arena.page_use()
+        if huge < self._arena.size:
+            _log.warning(
+                "only %d of the cache's %d MiB are in huge pages: reads cost more CPU. "
+                "Let /sys/kernel/mm/transparent_hugepage/enabled say madvise or always.",
+                huge >> 20,
+                self._arena.size >> 20,
+            )
 
     def _announced_digest(self) -> str:
         announced = self._catalog.announced

@@ -48,12 +48,12 @@ class PlainStream:
         self._receive_seconds = -1.0
         sock.setblocking(True)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(send_seconds))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(send_seconds))
 
     def receive(self, seconds: float) -> bytes:
         """As Stream.receive."""
         if seconds != self._receive_seconds:
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(seconds))
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval(seconds))
             self._receive_seconds = seconds
         try:
             return self._sock.recv(_RECEIVE_BYTES)
@@ -174,7 +174,8 @@ class TlsStream:
         return bool(data)
 
 
-def _timeval(seconds: float) -> bytes:
+def timeval(seconds: float) -> bytes:
+    """The value of SO_RCVTIMEO and SO_SNDTIMEO."""
     # A timeout of zero would mean none.
     microseconds = max(1, int(seconds * 1_000_000))
     return struct.pack("@ll", microseconds // 1_000_000, microseconds % 1_000_000)

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING
 
 from modelcache_api.reasons import Reason
 from modelcache_cli.command import Command
-from modelcache_cli.failures import CommandError
+from modelcache_cli.failures import CommandError, UsageError
 from modelcache_cli.options import VOLUME_ENVIRONMENT, add_serving, add_volume, volume_root, whole_blocks
 from modelcache_cli.serving import SERVE_REASONS, refuse_what_cannot_serve, serve_until_stopped
+from modelcache_server import options as server_options
 
 if TYPE_CHECKING:
     from modelcache_volume import Volume
@@ -22,12 +23,14 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--name", metavar="NAME", help="which active model is served (default: the only one on the volume)"
     )
     add_serving(parser)
+    server_options.add_common(parser, log_level="warning", log_format="text")
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from modelcache_server import ServerSettings
+    from modelcache_server import ServerError, ServerSettings, logs
     from modelcache_volume import Volume
 
+    logs.configure(arguments.log_level, arguments.log_format)
     root = volume_root(arguments)
     volume = Volume.open(root)
     active = _active(volume, arguments.name)
@@ -41,7 +44,14 @@ def _run(arguments: argparse.Namespace) -> int:
         status_port=arguments.metrics_port,
         cache_bytes=arguments.cache_size or default_cache_bytes(volume, active),
     )
-    return serve_until_stopped(arguments, settings, active.name)
+    try:
+        settings = server_options.with_common(settings, arguments)
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    try:
+        return serve_until_stopped(arguments, settings, active.name)
+    except ServerError as error:  # certificates, a key set or a Redis URL without sense
+        raise UsageError(str(error)) from error
 
 
 def default_cache_bytes(volume: "Volume", active: "Active") -> int:
@@ -76,8 +86,8 @@ COMMAND = Command(
     description=(
         "Serves a volume over gRPC and HTTP until it is stopped by Ctrl-C or SIGTERM; running reads may finish "
         "within --grace. A model that another process fetches into the volume is served within a second, without a "
-        "restart, and readers of the former one go on. Anybody who reaches the ports can read: listen on 127.0.0.1 "
-        "unless the network is yours."
+        "restart, and readers of the former one go on. Anybody who reaches the ports can read unless --token-key-set "
+        "is given: listen on 127.0.0.1 unless the network is yours."
     ),
     examples=(
         ("modelcache serve", "serve the default volume on this machine"),
@@ -85,9 +95,16 @@ COMMAND = Command(
             "modelcache serve --volume /mnt/models --name bert --host 0.0.0.0 --cache-size 4Gi",
             "serve one model to the network with a cache of 4 GiB",
         ),
+        (
+            "modelcache serve --host 0.0.0.0 --tls-cert tls.crt --tls-key tls.key --log-level info --log-format json",
+            "serve over TLS, with a line of JSON for each request",
+        ),
     ),
     add_options=_add_options,
     run=_run,
     reasons=SERVE_REASONS,
-    environment=VOLUME_ENVIRONMENT,
+    environment=(
+        *VOLUME_ENVIRONMENT,
+        (server_options.REDIS_URL_VARIABLE, "URL of a Redis that replicas share, where --redis-url-file is absent"),
+    ),
 )
