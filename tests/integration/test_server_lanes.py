@@ -257,6 +257,8 @@ def test_status_port_answers_probes_and_prometheus(server):
         "request_seconds_bucket",
     ):
         assert f"modelcache_server_{name}" in metrics.body.decode(), name
+    for name in ("process_resident_memory_bytes", "process_open_fds", "process_cpu_seconds_total"):
+        assert f"\n{name} " in metrics.body.decode(), name
     assert server.metric("arena_size_bytes") == 64 * MIB
     assert server.metric("arena_pinned_bytes") == 0
 

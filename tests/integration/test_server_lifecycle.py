@@ -11,6 +11,8 @@ from pathlib import Path
 
 import grpc
 import pytest
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
 
 from modelcache_server import HttpLimits, Server, ServerError, ServerSettings
 from modelcache_volume import BLOCK_BYTES, NotAVolume, Volume
@@ -417,3 +419,24 @@ def test_a_cache_without_huge_pages_is_said(tmp_path, caplog, monkeypatch):
     with running(volume.root) as server:
         assert "only 2 of the cache's 64 MiB are in huge pages" in caplog.text
         assert server.metric("arena_huge_bytes") == 2 * MIB
+
+
+def test_whose_turn_does_not_come_is_told_when_to_come_again_on_both_lanes(tmp_path):
+    volume, snapshot = make_volume(tmp_path / "volume", {"model.bin": random_bytes(MIB)})
+    with running(volume.root, inflight_bytes=4 * MIB, queue_seconds=0.1) as server, server.stub() as stub:
+        admission = server.server._admission
+        admission.acquire("another client", 4 * MIB, timeout=1)
+        answer = server.file(snapshot.digest, "model.bin")
+        assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+        assert answer.headers["x-error-code"] == "ResourceExhausted"
+        with pytest.raises(grpc.RpcError) as caught:
+            read_all(stub, snapshot.digest, ("model.bin", 0, MIB))
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        reason, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+        status = rpc_status.from_call(caught.value)
+        assert [detail.Unpack(kind) for detail, kind in zip(status.details, (reason, retry), strict=True)] == [True] * 2
+        assert (reason.reason, reason.domain) == ("RESOURCE_EXHAUSTED", "modelcache.io")
+        assert retry.retry_delay.seconds == 1
+        assert server.metric("queue_seconds_count") == 2
+        admission.release("another client", 4 * MIB)
+        assert server.file(snapshot.digest, "model.bin").status == 200
