@@ -117,6 +117,7 @@ def fetched_while_started(server: WeightServer, path: str) -> bytes:
                 break
             except RuntimeError:
                 assert not task.done()
+        assert await asyncio.to_thread(server._server.wait_ready, 30)
         manifest = await asyncio.to_thread(manifest_of, addresses.grpc)
         status, body = await asyncio.to_thread(get, addresses.http, manifest.digest, path)
         assert status == 200
