@@ -86,6 +86,9 @@ def _strange(observed: Observed, actions: Actions, name: str, claim: Object) -> 
 
 def _going(observed: Observed, actions: Actions, name: str) -> Stored:
     text = f"PersistentVolumeClaim {name} is being deleted; servers stop so that it can go, then it is made anew."
+    for job in observed.jobs:  # a claim is in use for as long as a pod of it exists, also one that has ended
+        if (job["metadata"].get("labels") or {}).get(names.COMPONENT_LABEL) == names.FETCH and observed.owns(job):
+            actions.remove(job)
     if observed.condition("Fetched").get("reason") != "VolumeTerminating":
         actions.notes.append(Note("VolumeTerminating", text, warning=True))
     actions.look_again(2)

@@ -538,6 +538,8 @@ def test_a_deleted_volume_stops_the_servers_and_is_made_and_filled_anew():
     world.claim()["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
     world.settle()
     assert world.deployment()["spec"]["replicas"] == 0
+    # a claim is in use for as long as a pod of it exists, also one that has ended
+    assert not [name for kind, name in world.objects if kind == "Job" and "-fetch-" in name]
     assert world.conditions["Ready"] == ("False", "VolumeTerminating")
     assert world.events[-1] == "VolumeTerminating"
     world.objects.pop(("PersistentVolumeClaim", "bert-weights"))
