@@ -42,7 +42,8 @@ def revision_is_for_hubs(spec: "ModelCacheSpec") -> Problem | None:
     if spec.revision is None or parse_repo_id(spec.repo_id).has_revisions:
         return None
     return Problem(
-        ("revision",), "only a Hugging Face repo has revisions; take it away, a bucket is identified by its listing"
+        ("revision",),
+        "only a Hugging Face repo has revisions; take it away, a bucket or folder is identified by its listing",
     )
 
 

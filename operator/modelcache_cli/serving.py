@@ -1,6 +1,7 @@
 """A weight server in the foreground: what `serve` and `up` share."""
 
 import argparse
+import errno
 import json
 import os
 import signal
@@ -51,7 +52,7 @@ def refuse_what_cannot_serve(arguments: argparse.Namespace) -> None:
             try:
                 probe.bind((arguments.host, port))
             except OSError as error:
-                if port:
+                if port and error.errno != errno.EADDRNOTAVAIL:
                     message = f"port {port} of {arguments.host} cannot be used ({error.strerror}); write {name} with "
                     raise CommandError(Reason.PORT_IN_USE, f"{message}another port, or 0 for any free one") from None
                 raise CommandError(
@@ -72,11 +73,15 @@ def serve_until_stopped(arguments: argparse.Namespace, settings: "ServerSettings
 
     Raises:
         CommandError: A port is in use.
+        UsageError: Settings make no sense, or there is no memory for the cache.
         KeyboardInterrupt: After Ctrl-C, when everything is stopped.
     """
     from modelcache_server import Server, ServerError
 
-    server = Server(settings)
+    try:
+        server = Server(settings)
+    except ServerError as error:
+        raise UsageError(str(error)) from error
     try:
         addresses = server.start()
     except ServerError as error:

@@ -268,8 +268,9 @@ class _Run:
             _LOG.info("removed %d old snapshots (%s) to make room", len(pruned.digests), format_bytes(pruned.bytes))
             return
         text = (
-            f"The volume {root} has {format_bytes(free)} free, but {format_bytes(needed)} more are needed for "
-            f"{plan.repo_id}; enlarge it (spec.storage.size) or select fewer files (spec.allowPatterns)."
+            f"The volume {root} has {format_bytes(free)} free, and {plan.repo_id} needs {format_bytes(needed)}, "
+            f"{format_bytes(_SPARE_BYTES)} of it to spare: {format_bytes(needed - free)} are lacking. Enlarge the volume "
+            "(in a cluster: spec.storage.size) or select fewer files (spec.allowPatterns)."
         )
         held = self.writer.volume.leased() - {active.digest for active in self.writer.volume.actives()}
         if held:
@@ -323,6 +324,7 @@ class _Run:
             index_files=index_files,
             allow_patterns=plan.allow_patterns,
             ignore_patterns=plan.ignore_patterns,
+            left_out={skipped.path for skipped in plan.skipped},
         )
         return self.writer.publish(plan.folder, manifest)
 

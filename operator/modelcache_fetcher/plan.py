@@ -199,7 +199,7 @@ def _nothing_left(listing: Listing, allow: list[str], ignore: list[str]) -> Fetc
         return FetchError(Reason.NOT_FOUND, "The source has no files at all; check repoId and revision.")
     paths = [file.path for file in listing.files]
     if not allow:
-        message = f"ignorePatterns {ignore} leave out all {len(paths)} files; remove one of them."
+        message = f"ignorePatterns {ignore} leave out all {len(paths)} files; take away the pattern that is too wide."
     else:
         near = ", ".join(nearest_names(paths, allow))
         message = f"None of the {len(paths)} files is left by allowPatterns {allow}"
@@ -216,5 +216,5 @@ def _refuse_unsafe(paths: list[str]) -> None:
     except InvalidPath as error:
         raise FetchError(
             Reason.INVALID_SOURCE,
-            f"The source names a file that cannot be stored safely: {error} Leave it out with ignorePatterns.",
+            f"The source names a file that cannot be stored safely: {error}",
         ) from error

@@ -154,6 +154,8 @@ def test_a_volume_of_a_newer_format_is_not_touched(manifest, volume):
     before = sorted(str(path) for path in volume.rglob("*"))
     for command in (("up", "-f", manifest, *FREE_PORTS), ("ls",)):
         assert "99" in refused(72, *command, "--volume", volume)
+    nowhere = write_manifest(volume.parent / "nowhere.yaml", "org/name", endpoint="http://127.0.0.1:9")
+    assert "99" in refused(72, "fetch", "-f", nowhere, "--volume", volume)  # before the source is asked for anything
     assert sorted(str(path) for path in volume.rglob("*")) == before
 
 
@@ -228,7 +230,25 @@ def test_two_servers_cannot_share_a_port(tmp_path, volume):
 
 
 def test_a_host_that_is_not_this_machine(volume):
-    assert "192.0.2.1" in refused(75, "serve", "--volume", volume, *FREE_PORTS, "--host", "192.0.2.1")
+    for ports in (FREE_PORTS, ()):
+        message = refused(75, "serve", "--volume", volume, *ports, "--host", "192.0.2.1")
+        assert "--host 192.0.2.1: no address of this machine" in message
+
+
+def test_a_cache_beyond_all_memory(volume):
+    message = refused(2, "serve", "--volume", volume, *FREE_PORTS, "--cache-size", "999Ti")
+    assert "1047527424 MiB" in message
+    assert "--cache-size" in message
+
+
+def test_an_index_of_shards_that_are_nowhere(tmp_path):
+    files = {"config.json": b"{}", "model.safetensors.index.json": b'{"weight_map": {"a": "gone.safetensors"}}'}
+    source = make_folder(tmp_path / "source", files)
+    manifest = write_manifest(tmp_path / "mc.yaml", f"file://{source}", allowPatterns=["*"])
+    assert "gone.safetensors" in refused(69, "fetch", "-f", manifest, "--volume", tmp_path / "volume")
+    make_folder(source, {"gone.safetensors": safetensors_bytes({"a": 3})})
+    manifest = write_manifest(tmp_path / "mc.yaml", f"file://{source}", allowPatterns=["*.json"])
+    fetch_here(manifest, tmp_path / "volume")  # left out by patterns: the index is just a file
 
 
 def test_serving_needs_something_active(tmp_path, volume):

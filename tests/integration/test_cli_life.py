@@ -103,6 +103,14 @@ def test_up_again_downloads_nothing(manifest, root, tmp_path):
         assert state(root)["active"] == {"small": (before.digest, before.generation)}
 
 
+def test_a_name_that_comes_to_stand_for_another_source_is_said(tmp_path, source, manifest, root):
+    assert "note:" not in run_cli("fetch", "-f", manifest, "--volume", root).stderr
+    other = write_manifest(tmp_path / "other.yaml", f"file://{make_folder(tmp_path / 'elsewhere')}")
+    done = run_cli("fetch", "-f", other, "--volume", root)
+    assert f"note: small was file://{source} until now" in done.stderr
+    assert done.stderr.rstrip().endswith(f"serves file://{tmp_path / 'elsewhere'}")
+
+
 def test_up_verifies_before_it_serves_what_was_there_already(manifest, root):
     fetch_here(manifest, root)
     done = run_cli("up", "-f", write_manifest(manifest, json.loads(manifest.read_text())["spec"]["repoId"],

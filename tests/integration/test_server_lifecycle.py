@@ -143,6 +143,13 @@ def test_a_damaged_new_revision_leaves_the_old_one_serving(tmp_path):
         assert server.file(old.digest, "model.bin").body == OLD["model.bin"]
 
 
+def test_a_damaged_small_file_is_told_at_the_start(tmp_path, caplog):
+    volume, snapshot = make_volume(tmp_path / "volume", {**OLD, "config.json": b"{}"})
+    flip_bit(snapshot.blob_path(snapshot.file("config.json")), 1)
+    with running(volume.root):
+        assert any("active snapshot is damaged" in record.message for record in caplog.records)
+
+
 def test_only_the_own_source_and_what_was_active_is_served(tmp_path):
     volume, own = make_volume(tmp_path / "volume", OLD, name="own")
     secret = activate(volume, {"secret.bin": COMMON}, name="other", repo_id="org/private")

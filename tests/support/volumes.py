@@ -20,7 +20,7 @@ def file_entry(path: str, content: bytes) -> manifest_pb2.File:
     return manifest_pb2.File(path=path, size=len(content), sha256=digests.sha256, block_crc32c=digests.block_crc32c)
 
 
-def manifest_of(files: dict[str, bytes], *, repo_id="org/name", requested="main", commit="a" * 40):
+def manifest_of(files: dict[str, bytes], *, repo_id="org/name", requested="main", commit="a" * 40, left_out=()):
     weights, index_files = {}, {}
     for path, content in files.items():
         if path.endswith(".safetensors"):
@@ -34,6 +34,7 @@ def manifest_of(files: dict[str, bytes], *, repo_id="org/name", requested="main"
         [file_entry(path, content) for path, content in files.items()],
         weights=weights,
         index_files=index_files,
+        left_out=left_out,
     )
 
 

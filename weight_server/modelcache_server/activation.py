@@ -136,11 +136,12 @@ class ActivationWatch:
         )
 
     def _warm(self, snapshot: ServedSnapshot) -> None:
-        """Load the snapshot's first blocks, as many as the settings and the cache allow."""
+        """Load the snapshot's first blocks, as many as the settings and the cache allow, and check its small files."""
         budget = self._cache.capacity
         if self._warmup_bytes is not None:
             budget = min(budget, -(-self._warmup_bytes // BLOCK_BYTES))
-        wanted = [(file, block) for _, file, block in _blocks(snapshot)][:budget]
+        small = [(file, 0) for file in snapshot.files.values() if file.size < SMALL_FILE_BYTES] if budget else []
+        wanted = small + [(file, block) for _, file, block in _blocks(snapshot)][:budget]
         running: set[Future[None]] = set()
         with ThreadPoolExecutor(max_workers=_WARMERS, thread_name_prefix="warm-up") as pool:
             try:

@@ -5,6 +5,7 @@ import mmap
 from contextlib import suppress
 from pathlib import Path
 
+from modelcache_server.errors import ServerError
 from modelcache_volume import BLOCK_BYTES
 
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, which Python 3.11 does not name
@@ -19,11 +20,18 @@ class Arena:
     """
 
     def __init__(self, size: int) -> None:
+        """Reserve the memory. Raises ServerError when there is not so much."""
         if size <= 0 or size % BLOCK_BYTES:
             raise ValueError(f"an arena of {size} bytes is not a whole number of {BLOCK_BYTES}-byte slots")
         self.size = size
         self.slots = size // BLOCK_BYTES
-        self._mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            self._mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise ServerError(
+                f"A block cache of {size >> 20} MiB is more than this machine gives ({error.strerror}). "
+                "Choose a smaller --cache-size."
+            ) from error
         self._mapping.madvise(mmap.MADV_HUGEPAGE)
         self._whole = memoryview(self._mapping)
 

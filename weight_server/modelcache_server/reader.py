@@ -129,7 +129,10 @@ class BlockReader:
         return Loan(pin.view[start : start + length], pin, self._admission, client)
 
     def warm(self, file: ServedFile, block: int, *, used: bool = True) -> None:
-        """Bring a block into the cache if it is not there. Raises as `BlobStore.load`."""
+        """Bring a block into the cache if it is not there; a small file is only checked. Raises as `BlobStore.load`."""
+        if file.size < SMALL_FILE_BYTES:
+            self._store.read_small(file)
+            return
         self._cache.load_ahead(
             file.key(block), file.block_length(block), lambda view: self._store.load(file, block, view), used=used
         )

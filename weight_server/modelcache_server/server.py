@@ -46,7 +46,7 @@ class Server:
 
     Raises:
         VolumeError: the root cannot be served.
-        ServerError: certificates, key set or Redis URL make no sense.
+        ServerError: certificates, key set or Redis URL make no sense, or there is no memory for the cache.
     """
 
     def __init__(self, settings: ServerSettings) -> None:

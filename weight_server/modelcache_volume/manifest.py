@@ -11,7 +11,7 @@ from modelcache_volume.v1 import manifest_pb2
 from modelcache_volume.weights import IndexedFile, build_weight_sets
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
 
 def build_manifest(
@@ -22,6 +22,7 @@ def build_manifest(
     index_files: Mapping[str, bytes],
     allow_patterns: Sequence[str] = (),
     ignore_patterns: Sequence[str] = (),
+    left_out: Collection[str] = (),
 ) -> manifest_pb2.Manifest:
     """Builds the manifest that `VolumeWriter.publish` takes.
 
@@ -32,6 +33,7 @@ def build_manifest(
         index_files: Content of the index files of shards (`is_index_file`) by path.
         allow_patterns: As in the spec, for the record.
         ignore_patterns: As in the spec, for the record.
+        left_out: Paths that the source has and that were not selected.
 
     Returns:
         The manifest with its digest; `revisions` is filled in when it is published.
@@ -43,7 +45,7 @@ def build_manifest(
     ordered = sorted(files, key=lambda file: validate_path(file.path).encode())
     paths = [file.path for file in ordered]
     refuse_clashes(paths)
-    weight_sets, tensors = build_weight_sets(weights, index_files, paths)
+    weight_sets, tensors = build_weight_sets(weights, index_files, paths, left_out)
     manifest = manifest_pb2.Manifest(
         format_version=FORMAT_VERSION,
         source=source,

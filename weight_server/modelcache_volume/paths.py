@@ -33,7 +33,7 @@ def validate_path(path: str) -> str:
     problem = _problem(path)
     if problem:
         raise InvalidPath(
-            f"{path[:200]!a} cannot be stored: {problem}. Rename it at the source, or leave it out by pattern."
+            f"{path[:200]!a} cannot be stored: {problem}. Rename it at the source, or leave it out with ignorePatterns."
         )
     return path
 
@@ -59,7 +59,7 @@ def refuse_clashes(paths: Iterable[str]) -> None:
             end = path.rfind("/", 0, end)
     for path in seen & folders.keys():
         raise InvalidPath(
-            f"{path!r} is a file, but {folders[path]!r} needs a folder of that name; leave one of them out by pattern."
+            f"{path!r} is a file, but {folders[path]!r} needs a folder of that name; leave one of them out with ignorePatterns."
         )
 
 

@@ -19,7 +19,7 @@ from modelcache_volume.v1 import manifest_pb2
 from modelcache_volume.weight_names import WeightName, parse_index_name, parse_weight_name
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
 
 @dataclass(frozen=True)
@@ -84,17 +84,22 @@ class RunningCrc:
 
 
 def build_weight_sets(
-    files: Mapping[str, IndexedFile], index_files: Mapping[str, bytes], paths: Sequence[str]
+    files: Mapping[str, IndexedFile],
+    index_files: Mapping[str, bytes],
+    paths: Sequence[str],
+    left_out: Collection[str] = (),
 ) -> tuple[list[manifest_pb2.WeightSet], list[manifest_pb2.Tensor]]:
     """Groups weight files into the sets that a model is loaded from.
 
     An index file (`*.safetensors.index.json`, `*.bin.index.json`) and its shards are one set; every other weight file
-    is a set of its own. An index none of whose shards was selected makes no set.
+    is a set of its own. An index none of whose shards was selected makes no set; one whose shards the source does not
+    have either is refused when there are no other weights.
 
     Args:
         files: Indexed weight files by path.
         index_files: Content of the index files by path; `is_index_file` tells which they are.
         paths: All paths of the manifest, in its order; files are named by their place in it.
+        left_out: Paths that the source has and that were not selected.
 
     Returns:
         The sets, sorted by path, and their tensors, sorted by set, file and offset.
@@ -105,11 +110,13 @@ def build_weight_sets(
     """
     place = {path: number for number, path in enumerate(paths)}
     groups: dict[str, tuple[WeightName, list[str], dict[str, str]]] = {}
+    nowhere: list[tuple[str, str]] = []
     for path, content in index_files.items():
         weight_map = _parse_index(path, content)
         shards = list(dict.fromkeys(weight_map.values()))
         missing = [shard for shard in shards if shard not in files]
         if len(missing) == len(shards):
+            nowhere += [(path, shard) for shard in shards if shard not in left_out][:1]
             continue
         if missing:
             raise BadWeights(
@@ -121,6 +128,12 @@ def build_weight_sets(
     for path in files:
         if path not in sharded:
             groups[path] = (parse_weight_name(path), [path], {})
+    if nowhere and not groups:
+        path, shard = nowhere[0]
+        raise BadWeights(
+            f"{path} names {shard}, which the source does not have, and there are no other weights: "
+            "upload the shards, or leave the index out with ignorePatterns."
+        )
 
     sets: list[manifest_pb2.WeightSet] = []
     tensors: list[manifest_pb2.Tensor] = []

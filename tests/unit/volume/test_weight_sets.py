@@ -75,7 +75,15 @@ def test_one_file_may_belong_to_two_indexes():
 
 
 def test_an_index_whose_shards_were_not_selected_is_just_a_file():
-    assert sets_of({"pytorch_model.bin.index.json": weight_index(a="pytorch_model-1.bin")}) == {}
+    index = {"pytorch_model.bin.index.json": weight_index(a="pytorch_model-1.bin")}
+    assert manifest_of(index, left_out=["pytorch_model-1.bin"]).weight_sets == []
+
+
+def test_an_index_whose_shards_are_nowhere_is_refused_if_there_is_nothing_else_to_load():
+    index = {"pytorch_model.bin.index.json": weight_index(a="pytorch_model-1.bin")}
+    with pytest.raises(BadWeights, match=r"pytorch_model-1\.bin, which the source does not have"):
+        manifest_of(index)
+    assert list(sets_of({**index, "model.safetensors": shard("a")})) == ["model.safetensors"]
 
 
 def test_tensors_that_the_index_forgot_are_still_there():
