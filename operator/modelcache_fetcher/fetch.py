@@ -269,8 +269,8 @@ class _Run:
             return
         text = (
             f"The volume {root} has {format_bytes(free)} free, and {plan.repo_id} needs {format_bytes(needed)}, "
-            f"{format_bytes(_SPARE_BYTES)} of it to spare: {format_bytes(needed - free)} are lacking. Enlarge the volume "
-            "(in a cluster: spec.storage.size) or select fewer files (spec.allowPatterns)."
+            f"{format_bytes(_SPARE_BYTES)} of it to spare: {format_bytes(needed - free)} are lacking. Enlarge the "
+            "volume (in a cluster: spec.storage.size) or select fewer files (spec.allowPatterns)."
         )
         held = self.writer.volume.leased() - {active.digest for active in self.writer.volume.actives()}
         if held:

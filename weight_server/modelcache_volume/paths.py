@@ -59,7 +59,8 @@ def refuse_clashes(paths: Iterable[str]) -> None:
             end = path.rfind("/", 0, end)
     for path in seen & folders.keys():
         raise InvalidPath(
-            f"{path!r} is a file, but {folders[path]!r} needs a folder of that name; leave one of them out with ignorePatterns."
+            f"{path!r} is a file, but {folders[path]!r} needs a folder of that name; "
+            "leave one of them out with ignorePatterns."
         )
 
 
