@@ -16,7 +16,8 @@ __all__ = ["DEFAULT_PORT", "ENVIRONMENT_VARIABLE", "Endpoint", "parse_endpoint",
 DEFAULT_PORT = 9090
 ENVIRONMENT_VARIABLE = "MODELCACHE_ADDRESS"
 _LABEL = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
-_SCHEMES = ("dns:///", "grpc://", "http://")
+_SCHEMES = ("dns:///", "grpc://", "http://", "grpcs://", "https://")
+_TLS = ("grpcs://", "https://")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +27,12 @@ class Endpoint:
     Attributes:
         host: name or IP address, without brackets.
         port: of the gRPC API.
+        tls: whether it is asked over TLS.
     """
 
     host: str
     port: int
+    tls: bool = False
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
@@ -75,6 +78,8 @@ def is_repo_id(name: str) -> bool:
 def parse_endpoint(text: str) -> Endpoint:
     """Parses ``host``, ``host:port``, ``[v6]:port``, each optionally after ``dns:///``, ``grpc://`` or ``http://``.
 
+    After ``https://`` or ``grpcs://`` it is asked over TLS.
+
     Raises:
         AddressError: it is none of these.
     """
@@ -86,4 +91,4 @@ def parse_endpoint(text: str) -> Endpoint:
     port = int(match[3]) if match and match[3] else DEFAULT_PORT
     if match is None or not 0 < port < 65536:
         raise AddressError(f"{text!r} is not an address: write HOST:PORT, such as bert-base-weights:{DEFAULT_PORT}.")
-    return Endpoint(match[1] or match[2], port)
+    return Endpoint(match[1] or match[2], port, text.strip().startswith(_TLS))

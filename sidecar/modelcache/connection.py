@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import socket
@@ -13,35 +14,37 @@ from modelcache.address import Endpoint, is_repo_id, resolve
 from modelcache.deadline import Cancellation, Deadline
 from modelcache.errors import AddressError, NotReady, RevisionGone, Unavailable
 from modelcache.grpc_lane import GrpcLane
-from modelcache.http_lane import HttpLane
+from modelcache.http_lane import HttpLane, Server
 from modelcache.lane import LaneBroken
-from modelcache_volume.v1.manifest_pb2 import Manifest
+from modelcache.security import Security
 
 if TYPE_CHECKING:
-    from modelcache.http_lane import Server
     from modelcache.lane import ByteStream
+    from modelcache_volume.v1.manifest_pb2 import Manifest
     from modelcache_wire.v1.weights_pb2 import GetRevisionResponse
 
 __all__ = ["Connection", "PinnedSnapshot", "connect"]
 
 logger = logging.getLogger("modelcache")
 
-TOKEN_VARIABLE: Final = "MODELCACHE_TOKEN_FILE"  # noqa: S105 - the name of a variable, not a secret
 _SAY_SECONDS: Final = 10.0
 _POLL_SECONDS: Final = 0.25
 # How long a replica that failed is tried last, and HTTP is left alone where only gRPC answered.
 _AVOID_SECONDS: Final = 5.0
 _HTTP_AGAIN_SECONDS: Final = 30.0
 _NAME_SECONDS: Final = 5.0
+_MANIFEST_SECONDS: Final = 60.0
+_KEPT_MANIFESTS: Final = 4
 
 
 class _Replica:
     """What is known about one endpoint."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint, security: Security) -> None:
         self.endpoint = endpoint
-        self.grpc = GrpcLane(endpoint, _token())
+        self.grpc = GrpcLane(endpoint, security)
         self.http_port: int | None = None
+        self.http_tls = False
         self.http_failed_at = 0.0
         self.avoided_at = 0.0
         self._addresses: tuple[str, ...] = ()
@@ -51,6 +54,7 @@ class _Replica:
         if response.http_port != self.http_port:
             self.http_failed_at = 0.0
         self.http_port = response.http_port
+        self.http_tls = response.http_tls
 
     def addresses(self) -> tuple[str, ...]:
         """IP addresses of the host, looked up again every few seconds, since pods come and go."""
@@ -70,14 +74,17 @@ class Connection:
 
     Args:
         endpoints: tried in this order; the first that answers is used until it fails.
+        security: the token, and whom to trust.
     """
 
-    def __init__(self, endpoints: tuple[Endpoint, ...]) -> None:
+    def __init__(self, endpoints: tuple[Endpoint, ...], security: Security) -> None:
         self.endpoints = endpoints
-        self._replicas = [_Replica(endpoint) for endpoint in endpoints]
+        self.security = security
+        self._replicas = [_Replica(endpoint, security) for endpoint in endpoints]
+        self._manifests: dict[str, Manifest] = {}
         self._lock = threading.Lock()
         self._avoid: dict[Server, float] = {}
-        self._http = HttpLane()
+        self._http = HttpLane(security)
         self.users = 0
         self.lane = "none"
 
@@ -101,7 +108,17 @@ class Connection:
         raise problem
 
     def manifest(self, digest: str, deadline: Deadline) -> Manifest:
-        """Reads a snapshot's manifest from the first server that has it."""
+        """A snapshot's manifest, from the first server that has it; not to be changed."""
+        known = self._manifests.get(digest)
+        if known is None:
+            known = self._read_manifest(digest, deadline)
+            with self._lock:
+                while len(self._manifests) >= _KEPT_MANIFESTS:
+                    del self._manifests[next(iter(self._manifests))]
+                self._manifests[digest] = known
+        return known
+
+    def _read_manifest(self, digest: str, deadline: Deadline) -> Manifest:
         while True:
             problem: Exception | None = None
             for replica in self._by_preference():
@@ -164,12 +181,13 @@ class Connection:
         self, replica: _Replica, digest: str, path: str, offset: int, length: int, deadline: Deadline
     ) -> ByteStream:
         now = time.monotonic()
-        servers = [(address, replica.http_port or 0) for address in replica.addresses()]
+        host, port, tls = replica.endpoint.host, replica.http_port or 0, replica.http_tls
+        servers = [Server(address, port, host, tls) for address in replica.addresses()]
         servers.sort(key=lambda server: self._avoid.get(server, 0.0) > now - _AVOID_SECONDS)
         problem = LaneBroken(f"{replica.endpoint.host} has no address.")
         for server in servers:
             try:
-                return self._http.open(server, digest, path, offset, length, deadline, _token())
+                return self._http.open(server, digest, path, offset, length, deadline)
             except LaneBroken as error:
                 self._avoid[server] = time.monotonic()
                 problem = error
@@ -192,21 +210,21 @@ class PinnedSnapshot:
 
     Attributes:
         connection: its servers.
-        manifest: what it contains.
+        digest: of its content.
         volume_path: folder of the volume on the server's machine, which may be this one.
     """
 
-    def __init__(self, connection: Connection, manifest: Manifest, volume_path: str = "") -> None:
+    def __init__(self, connection: Connection, digest: str = "", volume_path: str = "") -> None:
         self.connection = connection
-        self.manifest = manifest
+        self.digest = digest
         self.volume_path = volume_path
         self._lock = threading.Lock()
         self._closed = False
 
-    @property
-    def digest(self) -> str:
-        """Of its content."""
-        return self.manifest.digest
+    @functools.cached_property
+    def manifest(self) -> Manifest:
+        """What it contains; read when it is first asked for, unless a volume of this machine has told."""
+        return self.connection.manifest(self.digest, Deadline(_MANIFEST_SECONDS))
 
     def open(self, path: str, offset: int, length: int, deadline: Deadline) -> ByteStream:
         """Starts to read a range of a file."""
@@ -216,10 +234,10 @@ class PinnedSnapshot:
         """Says that the last stream failed."""
         self.connection.blame(error)
 
-    def follow(self, manifest: Manifest, volume_path: str) -> PinnedSnapshot:
+    def follow(self, digest: str, volume_path: str) -> PinnedSnapshot:
         """Pins another snapshot of the same connection; both are to be closed."""
         _retain(self.connection)
-        return PinnedSnapshot(self.connection, manifest, volume_path)
+        return PinnedSnapshot(self.connection, digest, volume_path)
 
     def close(self) -> None:
         """Ends its use of the connection, which is closed with its last user."""
@@ -231,7 +249,7 @@ class PinnedSnapshot:
             self.connection.users -= 1
             last = self.connection.users == 0
             if last:
-                _connections.pop(self.connection.endpoints, None)
+                _connections.pop((self.connection.endpoints, self.connection.security), None)
         if last:
             self.connection.close()
 
@@ -242,18 +260,26 @@ class PinnedSnapshot:
         self.close()
 
 
-_connections: dict[tuple[Endpoint, ...], Connection] = {}
+_connections: dict[tuple[tuple[Endpoint, ...], Security], Connection] = {}
 _connections_lock = threading.Lock()
 
 
 def connect(
-    name: str, *, address: str | None = None, wait_timeout: float = 600.0, cancellation: Cancellation | None = None
+    name: str,
+    *,
+    address: str | None = None,
+    token_file: str | os.PathLike[str] | None = None,
+    ca_file: str | os.PathLike[str] | None = None,
+    wait_timeout: float = 600.0,
+    cancellation: Cancellation | None = None,
 ) -> PinnedSnapshot:
     """Finds the server of ``name``, waits until it is ready, and pins what is active there now.
 
     Args:
         name: of the ModelCache, or a repoId (then the server must serve that repo).
         address: ``host:port``, several separated by commas; default: MODELCACHE_ADDRESS, else ``NAME-weights:9090``.
+        token_file: with a bearer token; default: MODELCACHE_TOKEN_FILE.
+        ca_file: authorities to trust for TLS (PEM); default: MODELCACHE_CA_FILE, else the system's.
         wait_timeout: seconds to wait for a server that is not there yet; why is logged each 10 s.
         cancellation: ends the wait.
 
@@ -262,14 +288,16 @@ def connect(
         AddressError: no address, or it serves another repository.
     """
     endpoints = resolve(name, address, os.environ)
+    security = Security.of(token_file, ca_file, os.environ)
+    key = (endpoints, security)
     with _connections_lock:
-        connection = _connections.get(endpoints) or _connections.setdefault(endpoints, Connection(endpoints))
+        connection = _connections.get(key) or _connections.setdefault(key, Connection(endpoints, security))
         connection.users += 1
-    pinned = PinnedSnapshot(connection, Manifest())
+    pinned = PinnedSnapshot(connection)
     try:
         response = _wait_for_revision(connection, name, Deadline(wait_timeout, cancellation))
         _check_name(name, response, endpoints)
-        pinned.manifest = connection.manifest(response.active.digest, Deadline(60.0, cancellation))
+        pinned.digest = response.active.digest
         pinned.volume_path = response.volume_path
     except BaseException:
         pinned.close()
@@ -317,11 +345,3 @@ def _check_name(name: str, response: GetRevisionResponse, endpoints: tuple[Endpo
         logger.warning("%s serves %r; it is used for %r, as its address was given.", endpoints[0], active, name)
     if is_repo_id(name) and name.removeprefix("hf://") != served.removeprefix("hf://"):
         raise AddressError(f"{endpoints[0]} serves {served!r}, not {name!r}: correct address= or the name.")
-
-
-def _token() -> str | None:
-    path = os.environ.get(TOKEN_VARIABLE)
-    if not path:
-        return None
-    with open(path, encoding="ascii") as file:  # noqa: PTH123 - read anew each time: tokens are rotated
-        return file.read().strip()

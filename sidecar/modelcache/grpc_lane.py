@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from modelcache.address import Endpoint
     from modelcache.deadline import Deadline
+    from modelcache.security import Security
 
 __all__ = ["GrpcLane", "GrpcStream"]
 
@@ -91,21 +92,25 @@ class GrpcLane:
 
     Args:
         endpoint: where it listens.
-        token: gives the bearer token for each call; None: none is sent.
+        security: the token for each call, and whom to trust.
     """
 
-    def __init__(self, endpoint: Endpoint, token: str | None = None) -> None:
+    def __init__(self, endpoint: Endpoint, security: Security) -> None:
         self.endpoint = endpoint
-        self._channel = grpc.insecure_channel(str(endpoint), options=_OPTIONS)
+        self._security = security
+        if endpoint.tls:
+            credentials = grpc.ssl_channel_credentials(security.roots())
+            self._channel = grpc.secure_channel(str(endpoint), credentials, options=_OPTIONS)
+        else:
+            self._channel = grpc.insecure_channel(str(endpoint), options=_OPTIONS)
         self._stub = weights_pb2_grpc.WeightsStub(self._channel)
-        self._metadata = (("authorization", f"Bearer {token}"),) if token else None
 
     def revision(self, known_digest: str, deadline: Deadline) -> weights_pb2.GetRevisionResponse:
         """What is active, and whether ``known_digest`` (whose lease this renews) can be read."""
         request = weights_pb2.GetRevisionRequest(known_digest=known_digest)
         try:
             response: weights_pb2.GetRevisionResponse = self._stub.GetRevision(
-                request, timeout=min(_CALL_SECONDS, deadline.remaining()), metadata=self._metadata
+                request, timeout=min(_CALL_SECONDS, deadline.remaining()), metadata=self._metadata()
             )
         except grpc.RpcError as error:
             raise self.translate(error) from error
@@ -116,7 +121,7 @@ class GrpcLane:
         request = weights_pb2.GetManifestRequest(digest=digest) if digest else weights_pb2.GetManifestRequest(ref="")
         manifest = manifest_pb2.Manifest()
         try:
-            for part in self._stub.GetManifest(request, timeout=deadline.remaining(), metadata=self._metadata):
+            for part in self._stub.GetManifest(request, timeout=deadline.remaining(), metadata=self._metadata()):
                 manifest.MergeFrom(part.part)
         except grpc.RpcError as error:
             raise self.translate(error) from error
@@ -129,8 +134,12 @@ class GrpcLane:
             ranges=[weights_pb2.Range(path=path, offset=offset, length=length)],
             max_message_bytes=_MESSAGE_BYTES,
         )
-        call = self._stub.Read(request, timeout=deadline.remaining(), metadata=self._metadata)
+        call = self._stub.Read(request, timeout=deadline.remaining(), metadata=self._metadata())
         return GrpcStream(self, call, deadline)
+
+    def _metadata(self) -> tuple[tuple[str, str], ...] | None:
+        token = self._security.token()
+        return (("authorization", f"Bearer {token}"),) if token else None
 
     def close(self) -> None:
         """Closes the channel."""

@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import re
 import socket
+import ssl
 import struct
 import threading
 from collections import defaultdict
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 from urllib.parse import quote
 
 from modelcache.errors import AccessDenied, FileNotInSnapshot, RevisionGone
@@ -21,6 +22,7 @@ from modelcache.lane import CorruptAtServer, LaneBroken
 
 if TYPE_CHECKING:
     from modelcache.deadline import Deadline
+    from modelcache.security import Security
 
 __all__ = ["HttpLane", "HttpStream"]
 
@@ -30,7 +32,24 @@ _HEADER_BYTES: Final = 16 * 2**10
 _FIRST_READ: Final = 1024
 _IDLE_PER_SERVER: Final = 8
 
-Server = tuple[str, int]
+
+class Server(NamedTuple):
+    """Where one replica's HTTP lane listens.
+
+    Attributes:
+        address: IP address.
+        port: of it.
+        name: the host's, which its certificate is for.
+        tls: whether it speaks TLS.
+    """
+
+    address: str
+    port: int
+    name: str
+    tls: bool
+
+    def __str__(self) -> str:
+        return f"{'https' if self.tls else 'http'}://{self.address}:{self.port}"
 
 
 class HttpStream:
@@ -82,8 +101,8 @@ class HttpStream:
         else:
             want = min(len(view), self._left)
             try:
-                count = self._socket.recv_into(view, want, socket.MSG_WAITALL)
-            except BlockingIOError as error:
+                count = self._receive(view[:want])
+            except (BlockingIOError, ssl.SSLWantReadError) as error:
                 self._deadline.remaining()
                 raise LaneBroken(f"{self._name()} sent nothing for {STALL_SECONDS:g} s.") from error
             except OSError as error:
@@ -110,6 +129,17 @@ class HttpStream:
         """Closes the connection."""
         self._left = -1
         self.close()
+
+    def _receive(self, view: memoryview) -> int:
+        if not isinstance(self._socket, ssl.SSLSocket):
+            return self._socket.recv_into(view, len(view), socket.MSG_WAITALL)
+        received = 0
+        while received < len(view):  # One TLS record, 16 KiB, at a time.
+            count = self._socket.recv_into(view[received:])
+            if not count:
+                break
+            received += count
+        return received
 
     def _head(self) -> tuple[int, dict[str, str], memoryview]:
         received = bytearray()
@@ -159,19 +189,22 @@ class HttpStream:
         return LaneBroken(f"The connection to {self._name()} broke: {why}.")
 
     def _name(self) -> str:
-        return f"http://{self.server[0]}:{self.server[1]}"
+        return str(self.server)
 
 
 class HttpLane:
-    """Connections to weight servers, kept alive between requests and shared between models and threads."""
+    """Connections to weight servers, kept alive between requests and shared between models and threads.
 
-    def __init__(self) -> None:
+    Args:
+        security: the token for each request, and whom to trust.
+    """
+
+    def __init__(self, security: Security) -> None:
+        self._security = security
         self._lock = threading.Lock()
         self._idle: defaultdict[Server, list[socket.socket]] = defaultdict(list)
 
-    def open(
-        self, server: Server, digest: str, path: str, offset: int, length: int, deadline: Deadline, token: str | None
-    ) -> HttpStream:
+    def open(self, server: Server, digest: str, path: str, offset: int, length: int, deadline: Deadline) -> HttpStream:
         """Asks ``server`` for bytes of a file of a snapshot.
 
         Raises:
@@ -184,7 +217,7 @@ class HttpLane:
             connection, fresh = self._connection(server, deadline)
             stream = HttpStream(self, server, connection, deadline)
             try:
-                stream.request(target, f"{server[0]}:{server[1]}", offset, length, token)
+                stream.request(target, server.name, offset, length, self._security.token())
             except LaneBroken:
                 stream.discard()
                 if fresh:
@@ -218,9 +251,12 @@ class HttpLane:
             if idle:
                 return idle.pop(), False
         try:
-            connection = socket.create_connection(server, timeout=min(CONNECT_SECONDS, deadline.remaining()))
+            seconds = min(CONNECT_SECONDS, deadline.remaining())
+            connection = socket.create_connection((server.address, server.port), timeout=seconds)
+            if server.tls:
+                connection = self._security.context.wrap_socket(connection, server_hostname=server.name)
         except OSError as error:
-            raise LaneBroken(f"http://{server[0]}:{server[1]} cannot be reached: {error}.") from error
+            raise LaneBroken(f"{server} cannot be reached: {error}.") from error
         connection.settimeout(None)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return connection, True

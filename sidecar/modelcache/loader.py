@@ -12,7 +12,7 @@ from torch import nn
 from modelcache.deadline import Cancellation, Deadline
 from modelcache.dtypes import torch_dtype
 from modelcache.errors import Cancelled
-from modelcache.reader import read_run
+from modelcache.reader import STEP_BYTES, read_run
 from modelcache.sketch import Leaf, evaluate
 from modelcache.volume_lane import VolumeSource
 
@@ -63,7 +63,12 @@ class Load:
         self.wire_bytes = 0
         self._runs = [(run, index) for index, layout in enumerate(layouts) for run in layout.runs]
         self.empty = not self._runs
-        self.mapped = isinstance(source, VolumeSource) and not layouts[0].fused and not layouts[1].runs
+        self.mapped = (
+            isinstance(source, VolumeSource)
+            and not layouts[0].fused
+            and not layouts[1].runs
+            and all(piece.tensor.can_be_mapped for run in layouts[0].runs for piece in run.pieces)
+        )
         if self.mapped:
             self._runs = self._runs[:1]
         self._left = max(1, len(self._runs))
@@ -150,6 +155,7 @@ class Loader:
         pool: where memory comes from.
         workers: connections, and threads, that read at once.
         name: of the threads.
+        step_bytes: how much is received before it is checked.
         move: takes a component's tensors to another device; None: they stay.
     """
 
@@ -159,10 +165,12 @@ class Loader:
         *,
         workers: int = 2,
         name: str = "modelcache",
+        step_bytes: int = STEP_BYTES,
         move: Callable[[list[torch.Tensor]], list[torch.Tensor]] | None = None,
     ) -> None:
         self.pool = pool
         self._move = move
+        self._step_bytes = step_bytes
         self.cancellation = Cancellation()
         self._condition = threading.Condition()
         self._queue: list[tuple[int, int, Load]] = []
@@ -241,7 +249,7 @@ class Loader:
             elif run is not None:
                 memory = load.memory(index, self.pool, self.cancellation)
                 if load.deadline is not None:
-                    received = read_run(load.source, run, memory, load.deadline)
+                    received = read_run(load.source, run, memory, load.deadline, self._step_bytes)
             if load.finish_run(received):
                 load.complete(self._move)
         except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits for this load

@@ -81,6 +81,11 @@ class Stored:
         """What tells its bytes from those of other tensors; tied tensors share it."""
         return self.path, self.offset, self.length
 
+    @property
+    def can_be_mapped(self) -> bool:
+        """Whether its address in the mapped file is one that transformers would give it, modulo 64."""
+        return self.mapped or self.offset % ALIGNMENT == 0
+
 
 @dataclass(frozen=True, slots=True)
 class Fusion:

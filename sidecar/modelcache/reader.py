@@ -19,10 +19,13 @@ if TYPE_CHECKING:
     from modelcache.lane import ByteStream
     from modelcache.plan import Piece, Run
 
-__all__ = ["Source", "read_run"]
+__all__ = ["SMALL_STEP_BYTES", "STEP_BYTES", "Source", "read_run"]
 
 # One system call, and one turn at the interpreter lock: a busy main thread gives it up only each 5 ms.
 STEP_BYTES: Final = BLOCK_BYTES
+# Where nothing computes meanwhile and nobody else fills the pause: checked while it is still in the core's own cache,
+# and before the connection's buffers fill up, so that the sender never waits for a checksum.
+SMALL_STEP_BYTES: Final = 256 * 2**10
 _BACKOFF_SECONDS: Final = (0.0, 0.02, 0.1, 0.3, 0.5)
 
 
@@ -45,8 +48,9 @@ class _ChecksumDiffers(Exception):
 class _Progress:
     """How far a run has been received, and the checksum's state there."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, step_bytes: int) -> None:
         self.run = run
+        self.step_bytes = step_bytes
         self.index = 0
         self.position = run.pieces[0].begin
         self.crc = _known_crc(run.pieces[0])
@@ -66,20 +70,20 @@ class _Progress:
             self.good = (self.position, self.crc)
 
     def stretch(self) -> int:
-        """How many bytes from here lie next to each other in the file and in memory, at most STEP_BYTES."""
+        """How many bytes from here lie next to each other in the file and in memory, at most step_bytes."""
         pieces = self.run.pieces
         last = pieces[self.index]
         length = last.end - self.position
         for piece in pieces[self.index + 1 :]:
             size = last.end - last.begin
-            if length >= STEP_BYTES or (piece.offset, piece.destination) != (
+            if length >= self.step_bytes or (piece.offset, piece.destination) != (
                 last.offset + size,
                 last.destination + size,
             ):
                 break
             length += piece.end - piece.begin
             last = piece
-        return min(length, STEP_BYTES)
+        return min(length, self.step_bytes)
 
     def take(self, data: memoryview) -> None:
         """Checks bytes that have arrived, piece by piece; raises _ChecksumDiffers at the first that is wrong."""
@@ -105,7 +109,7 @@ class _Progress:
         self.offset = self.run.pieces[self.index].tensor.offset + self.position
 
 
-def read_run(source: Source, run: Run, memory: memoryview, deadline: Deadline) -> int:
+def read_run(source: Source, run: Run, memory: memoryview, deadline: Deadline, step_bytes: int = STEP_BYTES) -> int:
     """Reads all pieces of ``run`` into ``memory`` (the whole slab) and returns how many bytes came over the wire.
 
     Raises:
@@ -113,7 +117,7 @@ def read_run(source: Source, run: Run, memory: memoryview, deadline: Deadline) -
         Unavailable: no server delivered until the deadline.
         RevisionGone: the snapshot was removed.
     """
-    progress = _Progress(run)
+    progress = _Progress(run, step_bytes)
     end = run.offset + run.length
     failures = corrupt = 0
     received = 0

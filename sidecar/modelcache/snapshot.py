@@ -32,6 +32,8 @@ def snapshot(
     ignore_patterns: Sequence[str] | str | None = None,
     local_dir: str | os.PathLike[str] | None = None,
     address: str | None = None,
+    token_file: str | os.PathLike[str] | None = None,
+    ca_file: str | os.PathLike[str] | None = None,
     wait_timeout: float = 600.0,
     timeout: float = 120.0,
 ) -> Path:
@@ -45,6 +47,8 @@ def snapshot(
         ignore_patterns: shell wildcards of files to leave out.
         local_dir: where to put them; None: ``$MODELCACHE_HOME/snapshots/DIGEST`` (``~/.cache/modelcache``).
         address: ``host:port``; default: MODELCACHE_ADDRESS, else ``NAME-weights:9090``.
+        token_file: with a bearer token, read anew for each request; default: MODELCACHE_TOKEN_FILE.
+        ca_file: authorities to trust for TLS (PEM); default: MODELCACHE_CA_FILE, else the system's.
         wait_timeout: seconds to wait for a server that is not ready yet.
         timeout: seconds without a byte.
 
@@ -59,7 +63,7 @@ def snapshot(
     Example:
         >>> tokenizer = AutoTokenizer.from_pretrained(snapshot("bert-base", allow_patterns=["*.json", "*.txt"]))
     """
-    with connect(name, address=address, wait_timeout=wait_timeout) as pinned:
+    with connect(name, address=address, token_file=token_file, ca_file=ca_file, wait_timeout=wait_timeout) as pinned:
         folder = Path(local_dir) if local_dir is not None else default_home() / "snapshots" / pinned.digest
         files = select_files(pinned.manifest, _listed(allow_patterns), _listed(ignore_patterns))
         if not files:

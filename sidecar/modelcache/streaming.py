@@ -103,6 +103,8 @@ class StreamingModel:
         auto_class: an Auto class or model class of transformers, or the name of one.
         cache_size: how many layers stay in memory; None: all.
         address: ``host:port``, several separated by commas; default: the environment's MODELCACHE_ADDRESS.
+        token_file: with a bearer token, read anew for each request; default: the environment's MODELCACHE_TOKEN_FILE.
+        ca_file: authorities to trust for TLS (PEM); default: MODELCACHE_CA_FILE, else the system's.
         device: where it computes: cpu, or a CUDA GPU.
         cache_bytes: how many bytes of layers stay in memory, instead of or beside cache_size.
         prefetch_count: how many layers are read ahead, on top of those that stay.
@@ -133,6 +135,8 @@ class StreamingModel:
         *,
         cache_size: int | None = 3,
         address: str | None = None,
+        token_file: str | os.PathLike[str] | None = None,
+        ca_file: str | os.PathLike[str] | None = None,
         device: str | torch.device = "cpu",
         cache_bytes: int | None = None,
         prefetch_count: int = 2,
@@ -157,7 +161,9 @@ class StreamingModel:
         self._bytes_per_token = 0.0
         self._warned = False
         self._statistics_lock = threading.Lock()
-        self._session = self._open(connect(model_name, address=address, wait_timeout=wait_timeout))
+        self._session = self._open(
+            connect(model_name, address=address, token_file=token_file, ca_file=ca_file, wait_timeout=wait_timeout)
+        )
         self._finalizer = weakref.finalize(self, self._session.close)
 
     @property
@@ -332,9 +338,8 @@ class StreamingModel:
         response = connection.revision(self.digest, Deadline(timeout))
         if response.active.digest == self.digest:
             return False
-        manifest = connection.manifest(response.active.digest, Deadline(timeout))
         old = self._session
-        self._session = self._open(old.snapshot.follow(manifest, response.volume_path))
+        self._session = self._open(old.snapshot.follow(response.active.digest, response.volume_path))
         self._finalizer.detach()
         self._finalizer = weakref.finalize(self, self._session.close)
         old.close_when_idle()
@@ -421,10 +426,10 @@ class StreamingModel:
             raise
 
     def _build(self, snapshot: PinnedSnapshot) -> _Session:
+        source = local_volume(snapshot, os.environ) or snapshot
         tensors = select_tensors(snapshot.manifest, **self._where)
         loader = Loader(pool, name=f"modelcache-{self.model_name}", move=copier(self._device))
         try:
-            source = local_volume(snapshot, os.environ) or snapshot
             begun = self._read_ahead(source, tensors, loader)
             return self._construct(snapshot, source, tensors, loader, begun)
         except BaseException:

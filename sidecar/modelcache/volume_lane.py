@@ -17,10 +17,11 @@ from crc32c import crc32c
 
 from modelcache.errors import IntegrityError
 from modelcache.lane import CorruptAtServer, LaneBroken
+from modelcache.plan import BLOCK_BYTES
 from modelcache_volume import Volume, VolumeError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from modelcache.connection import PinnedSnapshot
     from modelcache.deadline import Deadline
@@ -32,6 +33,8 @@ __all__ = ["VOLUME_VARIABLE", "VolumeSource", "local_volume"]
 logger = logging.getLogger("modelcache")
 
 VOLUME_VARIABLE: Final = "MODELCACHE_VOLUME"
+# What one core checks at once: a multiple of the steps at which a running CRC is known.
+_PART_BYTES: Final = 4 * BLOCK_BYTES
 _POPULATE_READ: Final = 22  # MADV_POPULATE_READ, Linux 5.14; Python 3.11 has no name for it.
 
 
@@ -47,11 +50,13 @@ def local_volume(snapshot: PinnedSnapshot, environ: Mapping[str, str]) -> Volume
     if not root or given == "off":
         return None
     try:
-        return VolumeSource(Volume.open(Path(root)).snapshot(snapshot.digest))
+        found = Volume.open(Path(root)).snapshot(snapshot.digest)
     except (VolumeError, OSError) as error:
         if given:
             logger.warning("The volume at %s is not used, the wire is: %s", root, error)
         return None
+    snapshot.manifest = found.manifest
+    return VolumeSource(found)
 
 
 class VolumeSource:
@@ -59,14 +64,10 @@ class VolumeSource:
 
     Args:
         snapshot: opened and of the digest that is wanted.
-
-    Attributes:
-        verify: whether mapped tensors are compared with their checksums, which reads all of their bytes.
     """
 
     def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
-        self.verify = True
         self._lock = threading.Lock()
         self._maps: dict[str, mmap.mmap] = {}
 
@@ -102,27 +103,34 @@ class VolumeSource:
         Raises:
             IntegrityError: one differs from what was published.
         """
-        total = 0
-        for tensor in tensors:
-            total += tensor.length
-            if not self.verify:
-                continue
-            self._populate(tensor)
-            with memoryview(self.map(tensor.path)) as view, view[tensor.offset : tensor.offset + tensor.length] as data:
-                if crc32c(data) != tensor.crc[-1]:
-                    raise IntegrityError(
-                        f"Tensor {tensor.name!r} of {tensor.path} differs from what was published: the volume is "
-                        "damaged. Run `modelcache fetch --verify` on it.",
-                        path=tensor.path,
-                        tensor=tensor.name,
-                    )
-        return total
+        return sum(self.check_part((tensor, 0, tensor.length)) for tensor in tensors if tensor.length)
 
-    def _populate(self, tensor: Stored) -> None:
-        """Maps all pages of a tensor in one system call; one fault for each few pages costs more than reading them."""
-        begin = tensor.offset // mmap.PAGESIZE * mmap.PAGESIZE
+    def parts(self, tensor: Stored) -> Iterator[tuple[Stored, int, int]]:
+        """A tensor's bytes in pieces that can be checked apart: tensor, first byte, one past the last."""
+        for begin in range(0, tensor.length, _PART_BYTES):
+            yield tensor, begin, min(begin + _PART_BYTES, tensor.length)
+
+    def check_part(self, part: tuple[Stored, int, int]) -> int:
+        """As ``check``, for a piece; returns its bytes."""
+        tensor, begin, end = part
+        first, last = tensor.offset + begin, tensor.offset + end
+        self._populate(tensor.path, first, last)
+        known = tensor.crc[begin // BLOCK_BYTES - 1] if begin else 0
+        with memoryview(self.map(tensor.path)) as view, view[first:last] as data:
+            if crc32c(data, known) != tensor.crc[(end - 1) // BLOCK_BYTES]:
+                raise IntegrityError(
+                    f"Tensor {tensor.name!r} of {tensor.path} differs from what was published: the volume is "
+                    "damaged. Run `modelcache fetch --verify` on it.",
+                    path=tensor.path,
+                    tensor=tensor.name,
+                )
+        return end - begin
+
+    def _populate(self, path: str, first: int, last: int) -> None:
+        """Maps all pages of a range in one system call; one fault for each few pages costs more than reading them."""
+        begin = first // mmap.PAGESIZE * mmap.PAGESIZE
         with contextlib.suppress(OSError):  # An older kernel: they come one fault after another.
-            self.map(tensor.path).madvise(_POPULATE_READ, begin, tensor.offset + tensor.length - begin)
+            self.map(path).madvise(_POPULATE_READ, begin, last - begin)
 
     def forget(self, tensors: Iterable[Stored]) -> None:
         """Gives the pages of tensors back to the system; who still looks at them reads them again from the file."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -10,10 +11,11 @@ from tqdm.auto import tqdm
 
 from modelcache.architecture import Binding, Component
 from modelcache.connection import connect
-from modelcache.loader import Load, Loader
+from modelcache.loader import Load, Loader, tensor_at
 from modelcache.plan import lay_out, select_tensors
 from modelcache.pretrained import load_pretrained
 from modelcache.process import pool
+from modelcache.reader import SMALL_STEP_BYTES, STEP_BYTES
 from modelcache.sketch import Leaf
 from modelcache.volume_lane import local_volume
 
@@ -24,11 +26,14 @@ if TYPE_CHECKING:
 
     from modelcache.connection import PinnedSnapshot
     from modelcache.plan import Stored
+    from modelcache.volume_lane import VolumeSource
 
 __all__ = ["from_pretrained", "load_state_dict"]
 
 # Memory is given back in pieces of about this size, once no tensor of a piece is left.
 _CHUNK_BYTES = 64 * 2**20
+# Comparing checksums is bound by memory from a few cores on.
+_CHECKERS = 4
 # What would stand in modules while a tensor is not loaded: a whole load has no modules.
 _NOWHERE = torch.empty(0, device="meta")
 
@@ -37,10 +42,12 @@ def load_state_dict(
     name: str = "",
     *,
     address: str | None = None,
+    token_file: str | os.PathLike[str] | None = None,
+    ca_file: str | os.PathLike[str] | None = None,
     subfolder: str = "",
     variant: str = "",
     progress: bool | None = None,
-    connections: int = 2,
+    connections: int | None = None,
     verify: bool = True,
     wait_timeout: float = 600.0,
     timeout: float = 120.0,
@@ -50,10 +57,13 @@ def load_state_dict(
     Args:
         name: of the ModelCache, or its repoId.
         address: ``host:port``; default: MODELCACHE_ADDRESS, else ``NAME-weights:9090``.
+        token_file: with a bearer token, read anew for each request; default: MODELCACHE_TOKEN_FILE.
+        ca_file: authorities to trust for TLS (PEM); default: MODELCACHE_CA_FILE, else the system's.
         subfolder: of the weights in the repo.
         variant: of the weights (``fp16``).
         progress: whether to show a progress bar; None: only on a terminal.
-        connections: how many read at once.
+        connections: how many read at once; None: two, or one where there are two cores or fewer: a connection keeps one
+            busy with receiving and checking.
         verify: False: a volume of this machine that is mapped is trusted, and read only as far as tensors are used.
             What comes over the wire is checked in any case.
         wait_timeout: seconds to wait for a server that is not ready yet.
@@ -67,10 +77,10 @@ def load_state_dict(
         IntegrityError: a tensor differs from what was published.
         Unavailable: no server delivered in time.
     """
-    with connect(name, address=address, wait_timeout=wait_timeout) as pinned:
-        tensors = select_tensors(pinned.manifest, subfolder=subfolder, variant=variant)
+    with connect(name, address=address, token_file=token_file, ca_file=ca_file, wait_timeout=wait_timeout) as pinned:
+        where = {"subfolder": subfolder, "variant": variant}
         bar = _bar(name, progress)
-        return _load(pinned, tensors, name, bar, connections=connections, verify=verify, timeout=timeout)
+        return _load(pinned, where, name, bar, connections=connections, verify=verify, timeout=timeout)
 
 
 def from_pretrained(
@@ -78,6 +88,8 @@ def from_pretrained(
     name: str = "",
     *,
     address: str | None = None,
+    token_file: str | os.PathLike[str] | None = None,
+    ca_file: str | os.PathLike[str] | None = None,
     subfolder: str = "",
     variant: str = "",
     progress: bool | None = None,
@@ -93,6 +105,8 @@ def from_pretrained(
         auto_class: an Auto class or model class of transformers, or the name of one.
         name: of the ModelCache, or its repoId.
         address: ``host:port``; default: MODELCACHE_ADDRESS, else ``NAME-weights:9090``.
+        token_file: with a bearer token, read anew for each request; default: MODELCACHE_TOKEN_FILE.
+        ca_file: authorities to trust for TLS (PEM); default: MODELCACHE_CA_FILE, else the system's.
         subfolder: of config and weights in the repo.
         variant: of the weights (``fp16``).
         progress: whether to show a progress bar; None: only on a terminal.
@@ -103,10 +117,10 @@ def from_pretrained(
     Example:
         >>> model = modelcache.from_pretrained(AutoModelForCausalLM, "llama-3b")
     """
-    with connect(name, address=address, wait_timeout=wait_timeout) as pinned:
+    with connect(name, address=address, token_file=token_file, ca_file=ca_file, wait_timeout=wait_timeout) as pinned:
         pretrained = load_pretrained(pinned, auto_class, model_args, subfolder=subfolder, timeout=timeout)
-        tensors = select_tensors(pinned.manifest, subfolder=subfolder, variant=variant)
-        state = _load(pinned, tensors, name, _bar(name, progress), timeout=timeout)
+        where = {"subfolder": subfolder, "variant": variant}
+        state = _load(pinned, where, name, _bar(name, progress), timeout=timeout)
     model: PreTrainedModel = pretrained.model_class.from_pretrained(
         None, config=pretrained.config, state_dict=state, **pretrained.model_args
     )
@@ -122,19 +136,22 @@ def _bar(name: str, progress: bool | None) -> tqdm[NoReturn]:  # noqa: FBT001 - 
 
 def _load(
     pinned: PinnedSnapshot,
-    tensors: list[Stored],
+    where: dict[str, str],
     name: str,
     bar: tqdm[NoReturn],
     *,
-    connections: int = 2,
+    connections: int | None = None,
     verify: bool = True,
     timeout: float,
 ) -> dict[str, torch.Tensor]:
     volume = local_volume(pinned, os.environ)
-    if volume is not None:
-        volume.verify = verify
+    tensors = select_tensors(pinned.manifest, **where)
+    if volume is not None and all(tensor.can_be_mapped for tensor in tensors):
+        return _map(volume, tensors, bar, verify=verify)
     source = volume or pinned
-    loader = Loader(pool, workers=connections, name=f"modelcache-load-{name}")
+    workers = connections or (2 if len(os.sched_getaffinity(0)) > 2 else 1)
+    step = SMALL_STEP_BYTES if workers == 1 else STEP_BYTES
+    loader = Loader(pool, workers=workers, name=f"modelcache-load-{name}", step_bytes=step)
     begun: list[tuple[Component, Load]] = []
     found: dict[str, torch.Tensor] = {}
     try:
@@ -155,6 +172,19 @@ def _load(
     finally:
         loader.close()
     return {tensor.name: found[tensor.name] for tensor in tensors}
+
+
+def _map(volume: VolumeSource, tensors: list[Stored], bar: tqdm[NoReturn], *, verify: bool) -> dict[str, torch.Tensor]:
+    """Tensors over the mapped files, checked first by all cores, the largest first so that none is left over."""
+    with bar:
+        if verify:
+            unique = {tensor.place: tensor for tensor in tensors if tensor.length}.values()
+            bar.reset(total=sum(tensor.length for tensor in unique))
+            shares = [part for tensor in unique for part in volume.parts(tensor)]
+            with ThreadPoolExecutor(min(_CHECKERS, len(os.sched_getaffinity(0))), "modelcache-check") as threads:
+                for nbytes in threads.map(volume.check_part, shares):
+                    bar.update(nbytes)
+    return {tensor.name: tensor_at(tensor, volume.map(tensor.path), tensor.offset) for tensor in tensors}
 
 
 def _chunks(tensors: Iterable[Stored]) -> Iterator[list[Stored]]:
