@@ -14,6 +14,7 @@ import modelcache
 from modelcache import IntegrityError, StreamingBertModel
 from modelcache_volume import Volume
 from support.models import BASE, TINY, BertFiles, cached_bert, minilm, save_bert
+from support.server_security import AUDIENCE, ISSUER, Issuer, write_certificate
 from support.server_volume import flip_bit
 from support.serving import ServerProcess, fetch_folder
 
@@ -210,3 +211,42 @@ def test_200_passes_under_random_kills_of_two_replicas_are_all_equal(volume, fol
         for server in servers:
             server.kill()
     assert longest < 60
+
+
+@pytest.mark.usefixtures("over_the_wire")
+@pytest.mark.parametrize("by_environment", [True, False])
+def test_tls_and_a_token_that_is_rotated(volume, folder, tmp_path, monkeypatch, by_environment):
+    certificate, key = write_certificate(tmp_path)
+    issuer = Issuer()
+    issuer.add_ec("key")
+    options = ("--tls-cert", str(certificate), "--tls-key", str(key), "--token-key-set",
+               str(issuer.publish(tmp_path / "jwks.json")), "--token-issuer", ISSUER, "--token-audience", AUDIENCE,
+               "--allow", "default/reader")  # fmt: skip
+    token = tmp_path / "token"
+    token.write_text(issuer.token() + "\n")
+    given = {"token_file": token, "ca_file": certificate}
+    if by_environment:
+        monkeypatch.setenv("MODELCACHE_TOKEN_FILE", str(token))
+        monkeypatch.setenv("MODELCACHE_CA_FILE", str(certificate))
+        given = {}
+    with ServerProcess.over(volume, *options) as server:
+        address = f"https://localhost:{server.grpc_port}"
+        with StreamingBertModel("bert", 1, address=address, **given) as model:
+            assert same(model, folder)
+            assert model.get_inference_stats()["lane"] == "http"
+            token.write_text(issuer.token(aud=["another"]))
+            model.clear_cache()
+            with pytest.raises(modelcache.AccessDenied):
+                model(IDS)
+            token.write_text(issuer.token())
+            assert same(model, folder)
+
+
+@pytest.mark.usefixtures("over_the_wire")
+def test_a_certificate_that_is_not_trusted_is_never_used(volume, tmp_path):
+    certificate, key = write_certificate(tmp_path)
+    with (
+        ServerProcess.over(volume, "--tls-cert", str(certificate), "--tls-key", str(key)) as server,
+        pytest.raises(modelcache.NotReady),
+    ):
+        StreamingBertModel("bert", address=f"https://localhost:{server.grpc_port}", wait_timeout=1.5)

@@ -29,6 +29,11 @@ def test_addresses_are_taken_as_other_tools_write_them(text):
     assert parse_endpoint(text) == Endpoint("h", 1)
 
 
+@pytest.mark.parametrize("text", ["https://h:1", "grpcs://h:1/"])
+def test_an_address_may_ask_for_tls(text):
+    assert parse_endpoint(text) == Endpoint("h", 1, tls=True)
+
+
 def test_ipv6_addresses_have_brackets():
     assert str(parse_endpoint("[::1]:5")) == "[::1]:5"
 
