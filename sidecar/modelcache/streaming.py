@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from modelcache.architecture import Architecture, build
+from modelcache.arguments import check_layer, check_layers, check_limits
 from modelcache.cache import ComponentCache
 from modelcache.connection import connect
 from modelcache.deadline import Deadline
@@ -122,6 +123,7 @@ class StreamingModel:
         NotReady: there is no server until wait_timeout.
         MissingWeights: the class has weights that the snapshot lacks.
         UnsupportedModel: it cannot be streamed; the message says what works.
+        TypeError, ValueError: a limit is no whole number, or too small; so it is when one is set later.
 
     Example:
         >>> with StreamingModel("llama-3b", auto_class="AutoModelForCausalLM", cache_size=4) as model:
@@ -146,7 +148,7 @@ class StreamingModel:
         variant: str = "",
         **model_args: Any,
     ) -> None:
-        _check_limits(cache_size, cache_bytes, prefetch_count)
+        check_limits(cache_size, cache_bytes, prefetch_count)
         self.model_name = model_name
         self._auto_class = auto_class
         self._device = device
@@ -193,7 +195,7 @@ class StreamingModel:
 
     @cache_size.setter
     def cache_size(self, value: int | None) -> None:
-        _check_limits(value, self._max_bytes, self._ahead)
+        check_limits(value, self._max_bytes, self._ahead)
         self._max_layers = value
         self._session.cache.resize(max_layers=value, max_bytes=self._max_bytes)
 
@@ -204,7 +206,7 @@ class StreamingModel:
 
     @cache_bytes.setter
     def cache_bytes(self, value: int | None) -> None:
-        _check_limits(self._max_layers, value, self._ahead)
+        check_limits(self._max_layers, value, self._ahead)
         self._max_bytes = value
         self._session.cache.resize(max_layers=self._max_layers, max_bytes=value)
 
@@ -228,7 +230,7 @@ class StreamingModel:
             kwargs: of the transformers model.
         """
         count = self._ahead if prefetch_count is None else prefetch_count
-        _check_limits(None, None, count)
+        check_limits(None, None, count)
         return await asyncio.to_thread(self._call_reading_ahead, count if enable_prefetch else 0, args, kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -258,16 +260,23 @@ class StreamingModel:
         """Loads layers ahead of the first pass.
 
         Args:
-            layer_indices: which; None: as many as the cache keeps.
+            layer_indices: which, counted from 0; None: as many as the cache keeps.
+
+        Raises:
+            IndexError: the model has no such layer; negative indices are refused too.
         """
         cache = self._session.cache
         names = list(cache.blocks)
+        if layer_indices is not None:
+            check_layers("layer_indices", layer_indices, len(names))
         chosen = names[: self._max_layers] if layer_indices is None else [names[index] for index in layer_indices]
         await asyncio.to_thread(self._load_ahead, chosen)
 
     async def prefetch_next_layers(self, current_layer: int, prefetch_count: int = 2) -> None:
         """Starts to read the layers after ``current_layer``; at most as many as fit beside those that stay."""
         names = list(self._session.cache.blocks)
+        check_layer("current_layer", current_layer, len(names))
+        check_limits(None, None, prefetch_count)
         following = [names[(current_layer + step) % len(names)] for step in range(1, prefetch_count + 1)]
         self._session.cache.prefetch_named(following)
 
@@ -489,12 +498,3 @@ class _Done:
 
     def __await__(self) -> Generator[Any, None, None]:
         yield from ()
-
-
-def _check_limits(cache_size: int | None, cache_bytes: int | None, prefetch_count: int) -> None:
-    if cache_size is not None and cache_size < 1:
-        raise ValueError(f"cache_size counts layers and must be at least 1, or None for all; it is {cache_size}.")
-    if cache_bytes is not None and cache_bytes < 1:
-        raise ValueError(f"cache_bytes must be at least 1, or None for no limit; it is {cache_bytes}.")
-    if prefetch_count < 0:
-        raise ValueError(f"prefetch_count cannot be negative; it is {prefetch_count}.")

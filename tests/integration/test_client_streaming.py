@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import itertools
+import re
 import threading
 
 import pytest
@@ -282,10 +283,46 @@ def test_a_forgotten_model_ends_its_threads_and_gives_its_memory_back(serve):
     assert pool.used_bytes == used
 
 
-@pytest.mark.parametrize("limits", [{"cache_size": 0}, {"cache_bytes": 0}, {"prefetch_count": -1}])
-def test_limits_that_make_no_sense_are_refused(limits):
-    with pytest.raises(ValueError, match=r"must be|negative"):
-        StreamingBertModel("x", address="127.0.0.1:1", **limits)
+@pytest.mark.parametrize(
+    ("argument", "value", "error"),
+    [
+        ("cache_size", 0, ValueError),
+        ("cache_size", "3", TypeError),
+        ("cache_size", 2.5, TypeError),
+        ("cache_size", True, TypeError),
+        ("cache_bytes", 0, ValueError),
+        ("cache_bytes", 1e9, TypeError),
+        ("prefetch_count", -1, ValueError),
+        ("prefetch_count", None, TypeError),
+    ],
+)
+def test_limits_that_make_no_sense_are_refused(argument, value, error):
+    with pytest.raises(error, match=rf"{argument} .*(at least 1|negative).* it was given {re.escape(repr(value))}"):
+        StreamingBertModel("x", address="127.0.0.1:1", **{argument: value})
+
+
+def test_a_limit_that_makes_no_sense_changes_nothing_when_it_is_set(serve):
+    server = serve()
+    with StreamingBertModel("x", 2, address=server.address) as model:
+        for value in ("3", 2.5, True):
+            with pytest.raises(TypeError, match="cache_size counts layers"):
+                model.cache_size = value
+            with pytest.raises(TypeError, match="cache_bytes must be at least 1"):
+                model.cache_bytes = value
+        assert (model.cache_size, model.cache_bytes) == (2, None)
+        assert_same(model(tokens()), expected(server.folder, tokens()))
+
+
+@pytest.mark.parametrize(("index", "error"), [(99, IndexError), (-1, IndexError), ("x", TypeError), (True, TypeError)])
+def test_layers_that_do_not_exist_are_refused(serve, index, error):
+    with StreamingBertModel("x", address=serve().address) as model:
+        with pytest.raises(error, match=rf"layer_indices takes .*from 0 to 3; it was given {index!r}"):
+            asyncio.run(model.warmup([0, index]))
+        with pytest.raises(error, match=rf"current_layer takes .*from 0 to 3; it was given {index!r}"):
+            asyncio.run(model.prefetch_next_layers(index))
+        with pytest.raises(ValueError, match="prefetch_count"):
+            asyncio.run(model.prefetch_next_layers(0, prefetch_count=-1))
+        assert model.get_cache_info()["cached_components"] == []
 
 
 def test_repr_says_what_is_here(serve):

@@ -1,0 +1,63 @@
+"""Numbers that callers give, refused in a sentence when they make no sense, by Python's own errors."""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["check_layer", "check_layers", "check_limits"]
+
+
+def check_limits(cache_size: Any, cache_bytes: Any, prefetch_count: Any) -> None:
+    """Refuses limits of a layer cache that are no counts.
+
+    Raises:
+        TypeError: one is no whole number; True and 3.0 are none either.
+        ValueError: one is too small.
+    """
+    if cache_size is not None:
+        _check_count("cache_size", cache_size, "counts layers and must be at least 1, or None for all", least=1)
+    if cache_bytes is not None:
+        _check_count("cache_bytes", cache_bytes, "must be at least 1, or None for no limit", least=1)
+    _check_count("prefetch_count", prefetch_count, "counts layers and cannot be negative", least=0)
+
+
+def check_layers(argument: str, indices: Iterable[Any], count: int) -> None:
+    """Refuses indices of layers that a model of ``count`` layers has not; negative ones too.
+
+    Raises:
+        TypeError: one is no whole number.
+        IndexError: there is no such layer.
+    """
+    for index in indices:
+        check_layer(argument, index, count)
+
+
+def check_layer(argument: str, index: Any, count: int) -> None:
+    """As ``check_layers``, for one."""
+    rule = f"takes indices of layers, from 0 to {count - 1}"
+    if not _is_whole(index):
+        raise TypeError(f"{argument} {rule}; it was given {index!r}.")
+    if not 0 <= index < count:
+        raise IndexError(f"{argument} {rule}; it was given {index!r}.")
+
+
+def _check_count(argument: str, value: Any, rule: str, *, least: int) -> None:
+    if not _is_whole(value):
+        raise TypeError(f"{argument} {rule}; it was given {value!r}, which is no whole number.")
+    if value < least:
+        raise ValueError(f"{argument} {rule}; it was given {value!r}.")
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether it is an int, or of a type that stands for one (numpy's), and no bool."""
+    if isinstance(value, bool):
+        return False
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
