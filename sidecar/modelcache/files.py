@@ -1,4 +1,4 @@
-"""Whole files of a snapshot over the wire, checked against their sha256."""
+"""Whole files of a snapshot, checked against their sha256."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from modelcache.connection import PinnedSnapshot
     from modelcache.deadline import Deadline
+    from modelcache.reader import Source
     from modelcache_volume.v1.manifest_pb2 import File, Manifest
 
 __all__ = ["find_file", "read_file", "select_files", "stream_file"]
@@ -63,9 +64,7 @@ def read_file(snapshot: PinnedSnapshot, path: str, deadline: Deadline) -> bytes:
     return b"".join(parts)
 
 
-def stream_file(
-    snapshot: PinnedSnapshot, file: File, write: Callable[[memoryview], object], deadline: Deadline
-) -> None:
+def stream_file(source: Source, file: File, write: Callable[[memoryview], object], deadline: Deadline) -> None:
     """Passes a file's bytes on in order, resuming where a connection broke.
 
     Raises:
@@ -73,7 +72,7 @@ def stream_file(
         Unavailable: no server delivered until the deadline.
     """
     digest = hashlib.sha256()
-    for data in _parts(snapshot, file, deadline):
+    for data in _parts(source, file, deadline):
         digest.update(data)
         write(data)
     if digest.digest() != file.sha256:
@@ -82,12 +81,12 @@ def stream_file(
         )
 
 
-def _parts(snapshot: PinnedSnapshot, file: File, deadline: Deadline) -> Iterator[memoryview]:
+def _parts(source: Source, file: File, deadline: Deadline) -> Iterator[memoryview]:
     buffer = memoryview(bytearray(min(_STEP_BYTES, file.size)))
     offset = corrupt = 0
     while offset < file.size:
         try:
-            stream = snapshot.open(file.path, offset, file.size - offset, deadline)
+            stream = source.open(file.path, offset, file.size - offset, deadline)
             try:
                 while offset < file.size:
                     count = stream.read_into(buffer)
@@ -101,6 +100,6 @@ def _parts(snapshot: PinnedSnapshot, file: File, deadline: Deadline) -> Iterator
             corrupt += isinstance(error, CorruptAtServer)
             if corrupt > 1:
                 raise IntegrityError(str(error), path=file.path) from error
-            snapshot.blame(error)
+            source.blame(error)
             deadline.note(error)
             deadline.pause(_BACKOFF_SECONDS)

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 
 from modelcache.connection import connect
 from modelcache.deadline import Deadline
-from modelcache.errors import FileNotInSnapshot
+from modelcache.errors import FileNotInSnapshot, IntegrityError
 from modelcache.files import select_files, stream_file
+from modelcache.volume_lane import VolumeSource, local_volume
 from modelcache_volume import validate_path
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from modelcache.connection import PinnedSnapshot
+    from modelcache.reader import Source
     from modelcache_volume.v1.manifest_pb2 import File
 
 __all__ = ["download", "snapshot"]
@@ -39,7 +40,8 @@ def snapshot(
 ) -> Path:
     """Gives the files of what is active now, each checked against its sha256; no hub is asked.
 
-    Files that are there already, and right, are not sent again.
+    Files that are there already, and right, are not sent again. A volume that this process can read is used in place of
+    the wire, and copied, never linked: who owns the folder could write through a link into what others are served.
 
     Args:
         name: of the ModelCache, or its repoId.
@@ -65,6 +67,7 @@ def snapshot(
     """
     with connect(name, address=address, token_file=token_file, ca_file=ca_file, wait_timeout=wait_timeout) as pinned:
         folder = Path(local_dir) if local_dir is not None else default_home() / "snapshots" / pinned.digest
+        source = local_volume(pinned, os.environ) or pinned
         files = select_files(pinned.manifest, _listed(allow_patterns), _listed(ignore_patterns))
         if not files:
             raise FileNotInSnapshot(
@@ -72,11 +75,11 @@ def snapshot(
                 f"there are {', '.join(file.path for file in pinned.manifest.files[:8])}."
             )
         for file in files:
-            download(pinned, file, folder, timeout)
+            download(source, file, folder, timeout)
     return folder
 
 
-def download(pinned: PinnedSnapshot, file: File, folder: Path, timeout: float) -> Path:
+def download(source: Source, file: File, folder: Path, timeout: float) -> Path:
     """Puts one file of a snapshot in a folder, by rename once it is complete and right; returns its path."""
     target = folder / validate_path(file.path)
     if _is_right(target, file):
@@ -85,7 +88,11 @@ def download(pinned: PinnedSnapshot, file: File, folder: Path, timeout: float) -
     descriptor, part = tempfile.mkstemp(prefix=f".{target.name[:100]}.", dir=target.parent)
     try:
         with os.fdopen(descriptor, "wb") as out:
-            stream_file(pinned, file, out.write, Deadline(timeout))
+            copied = isinstance(source, VolumeSource) and source.copy(file, out.fileno())
+            if not copied:
+                stream_file(source, file, out.write, Deadline(timeout))
+        if copied:
+            _check(Path(part), file)
         Path(part).chmod(0o644)
         Path(part).replace(target)
     except BaseException:
@@ -108,6 +115,14 @@ def _is_right(path: Path, file: File) -> bool:
             return hashlib.file_digest(content, "sha256").digest() == file.sha256
     except FileNotFoundError:
         return False
+
+
+def _check(copy: Path, file: File) -> None:
+    if not _is_right(copy, file):
+        raise IntegrityError(
+            f"{file.path} on the volume differs from what was published. Run `modelcache fetch --verify` on it.",
+            path=file.path,
+        )
 
 
 def _listed(patterns: Sequence[str] | str | None) -> Sequence[str] | None:

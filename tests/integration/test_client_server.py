@@ -3,8 +3,10 @@
 import random
 import signal
 import socket
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from transformers import BertModel
 import modelcache
 from modelcache import IntegrityError, StreamingBertModel
 from modelcache_volume import Volume
+from support.client_server import FaultyServer
 from support.models import BASE, TINY, BertFiles, cached_bert, minilm, save_bert
 from support.server_security import AUDIENCE, ISSUER, Issuer, write_certificate
 from support.server_volume import flip_bit
@@ -99,6 +102,50 @@ def test_minilm_is_equal_and_its_tokenizer_comes_along(tmp_path):
         assert (files / "tokenizer.json").read_bytes() == (minilm() / "tokenizer.json").read_bytes()
         with StreamingBertModel("minilm", address=server.address) as model:
             assert same(model, minilm(), torch.arange(2000, 2032).view(2, 16))
+
+
+@pytest.fixture
+def nothing_on_the_wire(volume):
+    """A server that tells of a volume on this machine and has no bytes itself."""
+    (snapshot,) = Volume.open(volume).snapshots()
+    server = FaultyServer()
+    server.active, server.manifests[snapshot.digest] = snapshot.digest, snapshot.manifest
+    server.volume_path = str(volume)
+    with server:
+        yield server
+    assert server.requests == []
+
+
+@pytest.fixture(params=["the same file system", "another file system"])
+def target(request, tmp_path):
+    if request.param == "the same file system":
+        yield tmp_path / "files"
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        assert Path(other).stat().st_dev != tmp_path.stat().st_dev
+        yield Path(other) / "files"
+
+
+def test_files_of_a_volume_on_this_machine_are_copies(nothing_on_the_wire, volume, folder, target):
+    modelcache.snapshot("bert", address=nothing_on_the_wire.address, local_dir=target)
+    (snapshot,) = Volume.open(volume).snapshots()
+    for file in snapshot.manifest.files:
+        copy = target / file.path
+        assert copy.read_bytes() == (folder / file.path).read_bytes()
+        assert not copy.is_symlink()
+        assert copy.stat().st_nlink == 1
+        with copy.open("r+b") as written:
+            written.write(b"what its owner writes")
+    assert snapshot.verify() == []
+
+
+def test_a_damaged_volume_gives_no_file(nothing_on_the_wire, volume, target):
+    (snapshot,) = Volume.open(volume).snapshots()
+    weights = next(file for file in snapshot.manifest.files if file.path == "model.safetensors")
+    flip_bit(snapshot.blob_path(weights), weights.size // 2)
+    with pytest.raises(IntegrityError, match=r"model\.safetensors .*--verify"):
+        modelcache.snapshot("bert", address=nothing_on_the_wire.address, local_dir=target)
+    assert not [path.name for path in target.iterdir() if "safetensors" in path.name]
 
 
 def test_a_volume_of_this_machine_is_used_instead_of_the_wire(volume, folder):

@@ -242,6 +242,28 @@ def test_evicted_parameters_are_on_meta_and_the_state_dict_is_whole(serve):
         assert layers[0].output.dense.weight.is_meta
 
 
+def test_a_parameter_that_is_held_while_evicted_is_on_meta_and_cannot_be_computed_with(serve):
+    """Whoever keeps a parameter over an eviction has its own bytes or none, never those of another layer."""
+    server = serve()
+    plain = BertModel.from_pretrained(server.folder)
+    name = "encoder.layer.0.output.dense.weight"
+    with StreamingBertModel("x", 1, address=server.address) as model:
+        asyncio.run(model.warmup([0]))
+        held = model.model.get_parameter(name)
+        assert torch.equal(held, plain.get_parameter(name))
+        model(tokens())
+        evicted = dict(model.model.named_parameters())[name]
+        assert evicted.is_meta
+        assert evicted.shape == held.shape
+        for use in (lambda: torch.ones(1) + evicted, lambda: evicted.sum().item(), evicted.numpy, evicted.tolist):
+            with pytest.raises((RuntimeError, NotImplementedError, TypeError), match="meta"):
+                use()
+        with pytest.raises(NotImplementedError, match="meta"):
+            model.model.encoder.layer[0].output.to("cpu")
+        assert torch.equal(held, plain.get_parameter(name))
+        assert_same(model(tokens()), expected(server.folder, tokens()))
+
+
 def test_saving_a_streamed_model_saves_its_weights(serve, tmp_path):
     server = serve()
     with StreamingBertModel("x", 1, address=server.address) as model:
