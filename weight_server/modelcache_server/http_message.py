@@ -14,6 +14,7 @@ _HEADER = re.compile(rb"(" + _TOKEN + rb"):[ \t]*([\x20-\x7e\x80-\xff\t]*?)[ \t]
 _SINGULAR = frozenset({"host", "content-length", "range", "authorization", "if-range", "transfer-encoding"})
 _RANGE = re.compile(r"bytes=(?:([0-9]{1,19})-([0-9]{0,19})|-([0-9]{1,19}))")
 _LENGTH = re.compile(r"[0-9]{1,19}")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 
 
@@ -61,7 +62,7 @@ class Request:
                 text = unquote_to_bytes(segment).decode() if "%" in segment else segment
             except UnicodeDecodeError:
                 raise RequestError(Reason.INVALID_REQUEST, "The path is not UTF-8.") from None
-            if any(character < " " or character == "\x7f" for character in text):
+            if _CONTROL.search(text):
                 raise RequestError(Reason.INVALID_REQUEST, "The path has control characters.")
             decoded.append(text)
         return decoded

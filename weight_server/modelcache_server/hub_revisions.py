@@ -67,6 +67,7 @@ class HubRevisions:
         self._catalog = catalog
         self._lock = threading.Lock()
         self._index: _Index | None = None
+        self._active: tuple[Announced, dict[str, HubRevision]] | None = None
         self._listings: WeakKeyDictionary[ServedSnapshot, HubListing] = WeakKeyDictionary()
 
     def split(self, segments: list[str]) -> tuple[str, list[str]]:
@@ -110,10 +111,9 @@ class HubRevisions:
             RequestError: NOT_READY, or UNKNOWN_REF.
         """
         announced = self._catalog.active()
+        if repo == active_repo_id(announced) and (named := self._active_names(announced).get(ref)) is not None:
+            return named
         active = announced.active
-        if repo == active_repo_id(announced) and (ref in ACTIVE_REFS or ref in {active.requested, active.commit}):
-            published_at = _published_at(announced.snapshot.manifest, active.commit) or active.activated_at
-            return self._revision(announced.snapshot, active.commit, published_at, pinned=ref == active.commit)
         commit, kept = self._find(announced, repo, ref)
         if kept.digest == active.digest or commit == active.commit:
             return self._revision(announced.snapshot, commit, kept.published_at, pinned=ref == commit)
@@ -124,6 +124,18 @@ class HubRevisions:
                 raise
             raise _unknown(repo, ref, "it was pruned") from None
         return self._revision(snapshot, commit, kept.published_at, pinned=ref == commit)
+
+    def _active_names(self, announced: Announced) -> dict[str, HubRevision]:
+        """What is active by its names, made once for each activation: nearly every request asks for it."""
+        known = self._active
+        if known is None or known[0] is not announced:
+            active, snapshot = announced.active, announced.snapshot
+            published_at = _published_at(snapshot.manifest, active.commit) or active.activated_at
+            moving = self._revision(snapshot, active.commit, published_at, pinned=False)
+            names = dict.fromkeys((*ACTIVE_REFS, active.requested), moving)
+            names[active.commit] = self._revision(snapshot, active.commit, published_at, pinned=True)
+            known = self._active = (announced, names)
+        return known[1]
 
     def _revision(self, snapshot: ServedSnapshot, commit: str, published_at: int, *, pinned: bool) -> HubRevision:
         listing = self._listings.get(snapshot)
