@@ -21,6 +21,7 @@ from modelcache_volume import BLOCK_BYTES
 _log = logging.getLogger(__name__)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus}
+_LINGER_SECONDS = 0.2
 _run_id = secrets.token_hex(4)
 _counter = itertools.count(1)
 
@@ -103,7 +104,12 @@ class CutConnection(Exception):
 
 
 class HttpConnection:
-    """Serves one client's connection in one thread, until it is closed, idle, broken or told to stop."""
+    """Serves one client's connection, one thread at a time, until it is closed, idle, broken or told to stop.
+
+    Attributes:
+        deadline: when to stop waiting for a request, or for the rest of one (time.monotonic).
+        stopping: answer no further request.
+    """
 
     def __init__(
         self,
@@ -125,64 +131,97 @@ class HttpConnection:
         self._lane = lane
         self._buffer = b""
         self._sent = 0
+        self._begun = False  # a request, of which a part is here
+        self._waits_for_body: Request | None = None
+        self._of_file = False
+        self._step_aside: Callable[[], None] | None = None
+        self.deadline = time.monotonic() + limits.idle_seconds
         self.stopping = False
 
-    def serve(self) -> None:
-        """Answer requests. Raises OSError when the client is gone."""
-        keep = True
-        while keep and not self.stopping:
+    def serve(self, step_aside: Callable[[], None] | None = None) -> bool:
+        """Answer requests. Raises OSError when the client is gone.
+
+        Args:
+            step_aside: for a thread that has other connections to serve: is called before anything that may take
+                long. Without it, the thread waits for each request.
+
+        Returns:
+            Whether to call again once there is more to read, or the deadline is over; False: this is the end.
+        """
+        self._step_aside = step_aside
+        patience = 0.0
+        answered = False
+        while not self.stopping:
             try:
-                head = self._read_head()
-                if head is None:
-                    return
-                request = parse_request(head)
-                if request.body_length:
-                    request = replace(request, body=self._read_body(request.body_length))
+                request = self._take_request()
+                if request is None:
+                    if step_aside and answered and not patience:
+                        return True
+                    data = self._receive(patience)
+                    if not data:
+                        return data is None
+                    self._buffer += data
+                    continue
             except BadRequest as error:
                 self._answer_bad(error)
-                return
-            keep = self._answer(request)
+                return False
+            self._of_file = False
+            if not self._answer(request):
+                break
+            answered = True
+            self.deadline = time.monotonic() + self._limits.idle_seconds
+            # Who reads range after range is served by the same thread, without waiting for a turn.
+            patience = _LINGER_SECONDS if self._of_file else 0.0
         self._stream.shut()
+        return False
 
-    def _read_head(self) -> bytes | None:
-        """The next request's head; None when the client closed or stays silent."""
-        deadline = 0.0
-        while True:
+    def _take_request(self) -> Request | None:
+        """The next request; None while it is not all here."""
+        if self._waits_for_body is None:
             while self._buffer.startswith(b"\r\n"):
                 self._buffer = self._buffer[2:]
             end = self._buffer.find(b"\r\n\r\n")
             if end > self._limits.header_bytes or (end < 0 and len(self._buffer) > self._limits.header_bytes):
                 raise BadRequest(431, f"The headers are longer than {self._limits.header_bytes} bytes.")
-            if end >= 0:
-                head, self._buffer = self._buffer[:end], self._buffer[end + 4 :]
-                return head
-            if self._buffer and not deadline:
-                deadline = time.monotonic() + self._limits.header_seconds
-            left = deadline - time.monotonic() if deadline else self._limits.idle_seconds
-            try:
-                data = self._stream.receive(max(left, 0.001))
-            except TimeoutError:
-                if not self._buffer:
-                    return None
-                raise BadRequest(408, "The request did not arrive in time.") from None
-            if deadline and time.monotonic() > deadline:
-                raise BadRequest(408, "The request did not arrive in time.")
-            if not data:
+            if end < 0:
+                if self._buffer and not self._begun:
+                    self._begin()
                 return None
-            self._buffer += data
+            head, self._buffer = self._buffer[:end], self._buffer[end + 4 :]
+            request = parse_request(head)
+            if request.body_length:
+                self._begin()
+                self._waits_for_body = request
+        else:
+            request = self._waits_for_body
+        if len(self._buffer) < request.body_length:
+            return None
+        self._begun, self._waits_for_body = False, None
+        if not request.body_length:
+            return request
+        body, self._buffer = self._buffer[: request.body_length], self._buffer[request.body_length :]
+        return replace(request, body=body)
 
-    def _read_body(self, length: int) -> bytes:
-        deadline = time.monotonic() + self._limits.header_seconds
-        while len(self._buffer) < length:
+    def _begin(self) -> None:
+        self._begun = True
+        self.deadline = time.monotonic() + self._limits.header_seconds
+
+    def _receive(self, patience: float) -> bytes | None:
+        """Some bytes; empty when the client closed or stays silent; None when none came within `patience`."""
+        left = self.deadline - time.monotonic()
+        if left > 0:
             try:
-                data = self._stream.receive(max(deadline - time.monotonic(), 0.001))
+                return self._stream.receive(min(left, patience) if self._step_aside else left)
             except TimeoutError:
-                data = b""
-            if not data or time.monotonic() > deadline:
-                raise BadRequest(408, "The request's body did not arrive in time.")
-            self._buffer += data
-        body, self._buffer = self._buffer[:length], self._buffer[length:]
-        return body
+                if self._step_aside and time.monotonic() < self.deadline:
+                    return None
+        if self._begun:
+            raise BadRequest(408, "The request did not arrive in time.")
+        return b""
+
+    def _long(self) -> None:
+        if self._step_aside:
+            self._step_aside()
 
     def _answer(self, request: Request) -> bool:
         """Answer one request; False when the connection must not be used further."""
@@ -247,6 +286,7 @@ class HttpConnection:
         self._observe(
             Served(self._lane, "-", "-", str(error.status), reply.error, 0, 0.0, self._client, new_request_id())
         )
+        self._long()
         self._send_bytes(self._head(reply, "", keep=False) + f"{error}\n".encode())
         self._stream.shut()
         # Closing while the client still sends would reset the connection, and the answer would be lost.
@@ -288,6 +328,8 @@ class HttpConnection:
         """Send head and bytes. While the reader takes nothing, this holds neither a block nor a share of the budget."""
         if self._reader is None:
             raise AssertionError("this lane has no files")
+        self._of_file = True
+        self._long()
         offset, end = part.offset, part.offset + part.length
         horizon = self._reader.horizon(part.file, offset, part.length)
         unsent = memoryview(head)
@@ -330,6 +372,7 @@ class HttpConnection:
             self._stream.send([])
 
     def _await_reader(self) -> None:
+        self._long()
         if not self._stream.writable(self._limits.stall_seconds):
             raise CutConnection("STALLED_READER")
 

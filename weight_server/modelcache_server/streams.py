@@ -51,12 +51,12 @@ class PlainStream:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(send_seconds))
 
     def receive(self, seconds: float) -> bytes:
-        """As Stream.receive."""
-        if seconds != self._receive_seconds:
+        """As Stream.receive; with 0 seconds what is here already."""
+        if seconds and seconds != self._receive_seconds:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval(seconds))
             self._receive_seconds = seconds
         try:
-            return self._sock.recv(_RECEIVE_BYTES)
+            return self._sock.recv(_RECEIVE_BYTES, 0 if seconds else socket.MSG_DONTWAIT)
         except BlockingIOError:
             raise TimeoutError from None
 
