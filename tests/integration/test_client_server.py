@@ -228,6 +228,7 @@ def test_a_pinned_model_keeps_reading_its_own_digest_over_two_changes(volume, fo
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("over_the_wire")
+@pytest.mark.timeout(900)  # As many server starts, each seconds on a busy machine.
 def test_200_passes_under_random_kills_of_two_replicas_are_all_equal(volume, folder):
     ports = [free_ports(2) for _ in range(2)]
     servers = [start(volume, each).__enter__() for each in ports]
