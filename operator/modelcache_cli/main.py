@@ -115,6 +115,8 @@ def main(argv: list[str] | None = None) -> int:
         logging.basicConfig(
             level=logging.DEBUG if debug else logging.ERROR, format=f"{PROGRAM}: %(levelname)s %(name)s: %(message)s"
         )
+        if not debug:
+            logging.getLogger("modelcache_fetcher").setLevel(logging.WARNING)  # what is left out, what is planned anew
         code: int = arguments.command.run(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt as interruption:

@@ -301,6 +301,9 @@ class Downloader:
             text = f"{name} could not be fetched: {failure}; given up after {patience.failures} attempts."
             raise FetchError(failure.reason, text, path=name)
         wait = failure.wait if failure.wait is not None else backoff_seconds(self._limits, patience.failures)
+        if wait > self._limits.rate_limit_wait:
+            text = f"{name} could not be fetched: {failure}; the source asks to wait {wait:.0f} s, which is too long."
+            raise FetchError(failure.reason, text, path=name, retry_after=wait)
         self._pause(wait, failure)
 
     def _store(self, transfer: Transfer, offset: int, data: memoryview) -> None:
@@ -319,7 +322,8 @@ class Downloader:
 
     def _hold(self, transfer: Transfer, failure: RetryError) -> None:
         """All receivers wait when the source says that there are too many requests."""
-        wait = failure.wait if failure.wait is not None else self._limits.backoff_cap
+        # A server that says 0 and goes on refusing must not be asked without a pause.
+        wait = self._limits.backoff_cap if failure.wait is None else max(failure.wait, self._limits.backoff)
         with self._lock:
             until = time.monotonic() + wait
             self._rate_limited_seconds += max(0.0, until - max(self._hold_until, time.monotonic()))

@@ -372,7 +372,7 @@ def _log_plan(plan: Plan) -> None:
         reasons = Counter(skipped.why for skipped in plan.skipped)
         size = format_bytes(sum(skipped.size for skipped in plan.skipped))
         shown = "; ".join(f"{count} x {why}" for why, count in reasons.most_common(5))
-        _LOG.info('left out %d files, %s (allowPatterns: ["*"] takes all): %s', len(plan.skipped), size, shown)
+        _LOG.warning('left out %d files, %s (allowPatterns: ["*"] takes all): %s', len(plan.skipped), size, shown)
 
 
 def _source(spec: ModelCacheSpec, options: FetchOptions, limits: Limits) -> Source:

@@ -2,7 +2,8 @@
 
 Repos carry the same weights in many forms: safetensors and PyTorch files, half-precision variants, other frameworks'
 formats, original checkpoints, a dozen GGUF quantisations. A model needs one. Chosen is, folder by folder: safetensors
-if complete, else PyTorch's; without a variant if there is one. Files that are no weights stay.
+if complete, else PyTorch's; without a variant if there is one. An adapter or another model beside it stays, as do files
+that are no weights.
 """
 
 import re
@@ -31,15 +32,25 @@ class _WeightSet:
         variant: "fp16" of it.
         suffix: ".safetensors", ".bin" or ".gguf".
         paths: Its files, without an index file.
-        complete: No shard is missing.
+        shards: How many there are to be; 1 for a single file.
     """
 
     folder: str
     stem: str
     variant: str
     suffix: str
+    shards: int
     paths: tuple[str, ...]
-    complete: bool
+
+    @property
+    def complete(self) -> bool:
+        """No shard is missing."""
+        return len(self.paths) == self.shards
+
+    @property
+    def model(self) -> str:
+        """What the weights are of, in whatever format: "model" also of pytorch_model.bin."""
+        return self.stem.removeprefix("pytorch_")
 
 
 def left_out(paths: Iterable[str]) -> dict[str, str]:
@@ -91,7 +102,7 @@ def _never_needed(path: str) -> str:
 
 
 def _weight_sets(paths: list[str]) -> list[_WeightSet]:
-    groups: defaultdict[tuple[str, str, str, str], list[tuple[str, int]]] = defaultdict(list)
+    groups: defaultdict[tuple[str, str, str, str, int], list[str]] = defaultdict(list)
     for path in paths:
         folder, slash, name = path.rpartition("/")
         base, dot, suffix = name.rpartition(".")
@@ -104,32 +115,36 @@ def _weight_sets(paths: list[str]) -> list[_WeightSet]:
         # Transformers 4 wrote model-00001-of-00002.fp16.safetensors.
         if not shard and (odd := _SHARD.fullmatch(stem)):
             shard, stem = odd, odd[1]
-        groups[folder + slash, stem, variant, f".{suffix}"].append((path, int(shard[3]) if shard else 1))
-    return [
-        _WeightSet(*key, tuple(path for path, _ in members), all(count == len(members) for _, count in members))
-        for key, members in groups.items()
-    ]
+        groups[folder + slash, stem, variant, f".{suffix}", int(shard[3]) if shard else 1].append(path)
+    return [_WeightSet(*key, tuple(members)) for key, members in groups.items()]
 
 
 def _one_per_folder(sets: list[_WeightSet], every: list[str], out: dict[str, str]) -> None:
-    """Of each stem the plain set, of both formats safetensors."""
-    kept: list[_WeightSet] = []
-    for stem in dict.fromkeys((each.stem, each.suffix) for each in sets):
-        variants = [each for each in sets if (each.stem, each.suffix) == stem]
-        best = min(variants, key=lambda each: (not each.complete, bool(each.variant), each.variant))
-        kept.append(best)
-        for each in variants:
-            if each is not best:
-                name = f"variant {each.variant!r}" if each.variant else "incomplete"
-                _leave_out(each, every, f"{name} of {best.paths[0]}", out)
-    safe = [each for each in kept if each.suffix == ".safetensors"]
-    torch = [each for each in kept if each.suffix == ".bin"]
-    if any(each.complete for each in safe):
-        for each in torch:
-            _leave_out(each, every, f"the same weights as {safe[0].paths[0]}", out)
-    elif any(each.complete for each in torch):
-        for each in safe:
-            _leave_out(each, every, f"incomplete, unlike {torch[0].paths[0]}", out)
+    """Of each model one set: complete, without a variant, safetensors, in one file, in this order of importance."""
+    for model in dict.fromkeys(each.model for each in sets):
+        alike = [each for each in sets if each.model == model]
+        best = min(alike, key=_rank)
+        for each in alike:
+            if each is best:
+                continue
+            if each.complete < best.complete:
+                reason = f"incomplete, unlike {best.paths[0]}"
+            elif each.variant and each.variant != best.variant:
+                reason = f"variant {each.variant!r} of {best.paths[0]}"
+            else:
+                reason = f"the same weights as {best.paths[0]}"
+            _leave_out(each, every, reason, out)
+
+
+def _rank(weights: _WeightSet) -> tuple[bool, bool, str, bool, int]:
+    """Less is better."""
+    return (
+        not weights.complete,
+        bool(weights.variant),
+        weights.variant,
+        weights.suffix != ".safetensors",
+        weights.shards,
+    )
 
 
 def _one_quantisation(sets: list[_WeightSet]) -> dict[str, str]:

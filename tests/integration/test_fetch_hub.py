@@ -286,6 +286,8 @@ def test_expired_signatures_are_renewed(volume):
         ({"cut_after": 0}, Reason.UNAVAILABLE),
         ({"status": 404}, Reason.UNAVAILABLE),
         ({"status": 429, "headers": {"Retry-After": "3"}}, Reason.RATE_LIMITED),
+        ({"status": 429, "headers": {"Retry-After": "0"}}, Reason.RATE_LIMITED),
+        ({"status": 503, "headers": {"Retry-After": "3600"}}, Reason.UNAVAILABLE),
         ({"corrupt_at": 19_000_000}, Reason.CHECKSUM_MISMATCH),
         ({"status": 451}, Reason.INVALID_SOURCE),
     ],
@@ -297,6 +299,33 @@ def test_lasting_faults_of_the_file_host_end_with_their_reason(hub, commit, volu
     assert error.reason is reason
     assert "model.safetensors" in str(error)
     assert "Signature" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("where", "changes"),
+    [
+        ("sha", {"sha": None}),
+        ("sha", {"sha": "../elsewhere"}),
+        ("size", {"size": "12"}),
+        ("size", {"size": -1}),
+        ("size", {"size": 2**63}),
+        ("path", {"path": 7}),
+        ("oid", {"oid": "zz"}),
+        ("oid", {"oid": None}),
+        ("lfs", {"lfs": {"oid": "abcd", "size": 5, "pointerSize": 130}}),
+    ],
+    ids=str,
+)
+def test_a_hub_whose_answers_make_no_sense_is_refused_as_a_source(hub, commit, volume, where, changes):
+    def misanswer(value):
+        if isinstance(value, list):
+            return [entry | changes if where in entry else entry for entry in value]
+        return value | changes if where in value and "siblings" in value else value
+
+    hub.misanswer = misanswer
+    error = fails(hub, volume)
+    assert error.reason is Reason.INVALID_SOURCE
+    assert "The hub answered" in str(error)
 
 
 def test_no_byte_for_the_stall_timeout_is_stalled(hub, commit, volume):

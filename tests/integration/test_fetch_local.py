@@ -32,6 +32,19 @@ def fetch(folder, volume, **fields):
     return run_fetch(spec(f"file://{folder}", **fields), volume, "model", options=options())
 
 
+def test_a_file_replaced_by_another_of_its_size_and_time_is_noticed(folder, volume):
+    fetch(folder, volume)
+    path = folder / "model.safetensors"
+    before = path.stat()
+    changed = safetensors_bytes({"b": 17 * 2**20 + 3})
+    (folder.parent / "new").write_bytes(changed)
+    os.utime(folder.parent / "new", ns=(before.st_atime_ns, before.st_mtime_ns))
+    (folder.parent / "new").replace(path)
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    fetch(folder, volume)
+    assert contents(volume, "model")["model.safetensors"] == changed
+
+
 def test_a_folder_is_copied_verified_and_linked(folder, volume):
     result = fetch(folder, volume)
     assert contents(volume, "model") == FILES

@@ -74,6 +74,9 @@ class FakeHub:
         folder: Where contents given as bytes are kept; contents given as paths are served from where they are.
         page_size: Entries on one page of a tree listing.
         url_lifetime: Seconds for which a redirect's signature is good.
+
+    Attributes:
+        misanswer: Changes what the API answers as JSON, for tests of clients that must not believe everything.
     """
 
     def __init__(self, folder: Path, *, page_size: int = 1000, url_lifetime: float = 3600) -> None:
@@ -83,6 +86,7 @@ class FakeHub:
         self.page_size = page_size
         self.url_lifetime = url_lifetime
         self.ledger = Ledger()
+        self.misanswer: Callable[[object], object] = lambda value: value
         self._contents: dict[str, Path] = {}
         self._hashed: dict[tuple[str, int, int], tuple[str, str]] = {}
         self.cdn = Served(_FileHost, self.ledger, hub=self)
@@ -247,7 +251,9 @@ class _HubHandler(FileHandler):
                 self._error(404, "EntryNotFound", "no such page")
 
     def _json(self, value: object, headers: dict[str, str] | None = None) -> None:
-        self.send_text(200, json.dumps(value), {"Content-Type": "application/json", **(headers or {})})
+        self.send_text(
+            200, json.dumps(self.hub.misanswer(value)), {"Content-Type": "application/json", **(headers or {})}
+        )
 
     def _info(self, repo: HubRepo, revision: str) -> None:
         sha = repo.resolve(revision)

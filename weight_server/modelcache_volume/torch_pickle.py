@@ -250,20 +250,30 @@ def _sizes(values: Any) -> tuple[int, ...]:
     return tuple(_size(value) for value in values)
 
 
-def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_flags: Any) -> TensorView:
+def _tensor(
+    storage: Any, offset: Any, shape: Any, strides: Any, _grad: Any = None, _hooks: Any = None, metadata: Any = None
+) -> TensorView:
+    _refuse_bits(metadata)
     if not isinstance(storage, Storage) or storage.kind == "UntypedStorage":
         raise TypeError("a tensor has no typed storage")
     return _view(storage, "", offset, shape, strides)
 
 
 def _untyped_tensor(
-    storage: Any, offset: Any, shape: Any, strides: Any, _grad: Any, _hooks: Any, dtype: Any, *_flags: Any
+    storage: Any, offset: Any, shape: Any, strides: Any, _grad: Any, _hooks: Any, dtype: Any, metadata: Any = None
 ) -> TensorView:
+    _refuse_bits(metadata)
     if not isinstance(storage, Storage) or storage.kind != "UntypedStorage":
         raise TypeError("a tensor has no untyped storage")
     if not isinstance(dtype, _Global) or dtype.name not in _DTYPES:
         raise TypeError("a tensor has no dtype")
     return _view(storage, dtype.name.rpartition(" ")[2], offset, shape, strides)
+
+
+def _refuse_bits(metadata: Any) -> None:
+    """The stored bytes of a conjugated or negated view are not its numbers (torch._utils.set_tensor_metadata)."""
+    if metadata:
+        raise ValueError("a tensor is a conjugated or negated view; save it after resolve_conj() and resolve_neg()")
 
 
 def _view(storage: Storage, dtype: str, offset: Any, shape: Any, strides: Any) -> TensorView:

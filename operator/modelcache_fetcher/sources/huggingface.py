@@ -5,6 +5,7 @@ files itself and redirects LFS files to another host with a signed URL.
 """
 
 import os
+import re
 from collections.abc import Callable
 from typing import TypeVar
 from urllib.parse import quote
@@ -30,6 +31,9 @@ from modelcache_fetcher.sources import HttpLocation
 from modelcache_volume.v1.manifest_pb2 import VERIFICATION_GIT_BLOB_SHA1, VERIFICATION_LFS_SHA256
 
 _Result = TypeVar("_Result")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_MAX_FILE_BYTES = 2**60
 
 # Telemetry would ask huggingface.co which agents there are, also from clusters that may reach another hub only.
 constants.HF_HUB_DISABLE_TELEMETRY = True
@@ -55,6 +59,8 @@ class HuggingFaceSource:
         def ask() -> Listing:
             info = api.repo_info(self._repo_id, revision=requested, timeout=self._api_timeout)
             commit = str(info.sha)
+            if not _COMMIT.fullmatch(commit):
+                raise _senseless(f"the commit {commit[:80]!a}")
             tree = api.list_repo_tree(self._repo_id, recursive=True, revision=commit)
             files = tuple(_source_file(entry) for entry in tree if isinstance(entry, RepoFile))
             return Listing(requested, commit, files)
@@ -92,6 +98,8 @@ class HuggingFaceSource:
             return ask()
         except FetchError:
             raise
+        except (TypeError, AttributeError, KeyError) as error:  # huggingface_hub takes the hub's JSON as it comes
+            raise _senseless(f"a listing that is none ({type(error).__name__}: {error})") from error
         except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError, ValueError) as error:
             raise self._explain(error, revision) from None
         except Exception as error:
@@ -143,11 +151,21 @@ class HuggingFaceSource:
         return FetchError(Reason.UNAVAILABLE, f"{hub} answered {status} when asked for {repo}.", retry_after=wait)
 
 
+def _senseless(what: str) -> FetchError:
+    return FetchError(Reason.INVALID_SOURCE, f"The hub answered {what}; is endpoint that of a Hugging Face Hub?")
+
+
 def _source_file(entry: RepoFile) -> SourceFile:
+    size = entry.size if entry.lfs is None else entry.lfs.size
+    if not isinstance(entry.path, str) or type(size) is not int or not 0 <= size < _MAX_FILE_BYTES:
+        raise _senseless(f"a file {entry.path!a} of {size!a} bytes")
     if entry.lfs is not None:
         sha256 = entry.lfs.sha256.lower()
+        if not _SHA256.fullmatch(sha256):
+            raise _senseless(f"the LFS oid {sha256[:80]!a} for {entry.path!a}")
         checksum = Checksum("sha256", bytes.fromhex(sha256), VERIFICATION_LFS_SHA256)
-        size = entry.lfs.size
         return SourceFile(entry.path, size, sha256, checksums=(checksum,), git_oid=entry.blob_id, lfs_sha256=sha256)
+    if not _COMMIT.fullmatch(entry.blob_id):
+        raise _senseless(f"the oid {entry.blob_id[:80]!a} for {entry.path!a}")
     checksum = Checksum("git-blob-sha1", bytes.fromhex(entry.blob_id), VERIFICATION_GIT_BLOB_SHA1)
-    return SourceFile(entry.path, entry.size, entry.blob_id, checksums=(checksum,), git_oid=entry.blob_id)
+    return SourceFile(entry.path, size, entry.blob_id, checksums=(checksum,), git_oid=entry.blob_id)

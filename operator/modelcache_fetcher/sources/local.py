@@ -103,7 +103,9 @@ class LocalSource:
                 path=path,
             )
         self._identities[path] = LocalLocation(real, LocalLocation.identity_of(info))
-        etag = f"{info.st_size:x}-{info.st_mtime_ns:x}"
+        # A file that was replaced can have its predecessor's size and modification time (cp -p, rsync -t), not its
+        # inode and change time as well.
+        etag = f"{info.st_size:x}-{info.st_mtime_ns:x}-{info.st_ctime_ns:x}-{info.st_ino:x}"
         return SourceFile(path, info.st_size, etag, version=f"{info.st_ino:x}", unchecked=VERIFICATION_LOCAL_STAT)
 
 

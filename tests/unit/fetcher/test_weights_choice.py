@@ -47,6 +47,11 @@ def test_small_files_always_stay():
         ),
         (["model.onnx", "model_quantized.onnx"], ["model.onnx", "model_quantized.onnx"]),
         (["weights.pth"], ["weights.pth"]),
+        (["pytorch_model.bin", "adapter_model.safetensors"], ["pytorch_model.bin", "adapter_model.safetensors"]),
+        (["pytorch_model.bin", "model.fp16.safetensors"], ["pytorch_model.bin"]),
+        ([*SAFE_SHARDS, "model.safetensors", "pytorch_model.bin"], ["model.safetensors"]),
+        ([*SAFE_SHARDS[:1], "model.safetensors"], ["model.safetensors"]),
+        (["model.safetensors", "vocab.bin"], ["model.safetensors", "vocab.bin"]),
         (["model.safetensors", "adapter_model.safetensors"], ["model.safetensors", "adapter_model.safetensors"]),
         (
             ["1_Dense/model.safetensors", "1_Dense/pytorch_model.bin", "pytorch_model.bin"],

@@ -179,6 +179,8 @@ def test_a_pickle_that_calls_a_function_is_refused_by_name_and_nothing_runs(
         ({"a\nb": torch.ones(1)}, "not plain text"),
         ({"x": torch.ones(2, dtype=torch.complex128)}, "ComplexDoubleStorage"),
         ({"x": torch.ones(2).to_sparse()}, "_rebuild_sparse_tensor"),
+        ({"x": torch.tensor([1 + 2j]).conj()}, "conjugated or negated"),
+        ({"x": torch.tensor([1 + 2j]).conj().imag}, "conjugated or negated"),
         ({"x": torch.ones(1).expand(2**21)}, "2097152 elements, of which only 1 are stored"),
         ({"x": {1, 2}}, "asks for"),
         ({(1, 2): 3}, "neither text nor a number"),
