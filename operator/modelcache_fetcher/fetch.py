@@ -51,6 +51,7 @@ from modelcache_volume.v1 import manifest_pb2
 _LOG = logging.getLogger(__name__)
 
 _SPARE_BYTES = 16 * 2**20
+_MAX_INDEX_BYTES = 16 * 2**20  # some 150,000 tensors; parsed, it takes ten times as much memory
 """Room that a fetch leaves on the volume, for manifests, links and the file system itself."""
 _REPLANS = 3
 """How often a source may change under a fetch before that is an error."""
@@ -309,6 +310,13 @@ class _Run:
 
     def _publish(self, plan: Plan) -> Snapshot:
         layout = self.writer.volume.layout
+        for path, entry in self.entries.items():
+            if is_index_file(path) and entry.size > _MAX_INDEX_BYTES:
+                text = (
+                    f"{path} has {format_bytes(entry.size)}; of an index at most {format_bytes(_MAX_INDEX_BYTES)} are "
+                    "read. Leave it out with ignorePatterns."
+                )
+                raise FetchError(Reason.BAD_WEIGHTS, text, path=path)
         index_files = {
             path: layout.blob(plan.folder, entry.sha256.hex()).read_bytes()
             for path, entry in self.entries.items()

@@ -45,6 +45,14 @@ def test_a_file_replaced_by_another_of_its_size_and_time_is_noticed(folder, volu
     assert contents(volume, "model")["model.safetensors"] == changed
 
 
+def test_an_index_too_large_for_a_fetchs_memory_is_refused(folder, volume):
+    with (folder / "model.safetensors.index.json").open("wb") as file:
+        file.truncate(2**24 + 1)
+    with pytest.raises(FetchError, match=r"model\.safetensors\.index\.json has 16\.0 MiB") as caught:
+        fetch(folder, volume)
+    assert caught.value.reason is Reason.BAD_WEIGHTS
+
+
 def test_a_folder_is_copied_verified_and_linked(folder, volume):
     result = fetch(folder, volume)
     assert contents(volume, "model") == FILES

@@ -14,7 +14,7 @@ from modelcache_volume.errors import BadWeights
 from modelcache_volume.v1 import manifest_pb2
 from modelcache_volume.weights import IndexedFile, IndexedTensor, RunningCrc
 
-MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = 32 * 2**20  # the format allows three times as much, which takes more memory than a fetch has
 MAX_TENSORS = 250_000
 # Separators per tensor of a header: bounds the memory that parsing takes before the header is known to be sane.
 _SEPARATORS_PER_TENSOR = 16
@@ -50,7 +50,7 @@ DTYPE_BITS = {
 class SafetensorsIndexer:
     """Reads a safetensors file's header and its tensors' running CRC-32C in one pass over its bytes.
 
-    Memory is bounded by the header (at most 100 MB, 250,000 tensors).
+    Memory is bounded by the header (at most 32 MiB, 250,000 tensors).
 
     Args:
         path: The file's path in its repo, for messages.
@@ -111,7 +111,7 @@ class SafetensorsIndexer:
             length = int.from_bytes(self._header, "little")
             if length > MAX_HEADER_BYTES or length > self._size - 8:
                 raise self._bad(
-                    f"its header claims {length} bytes (the file has {self._size}, the format allows 100 MB)"
+                    f"its header claims {length} bytes (the file has {self._size}, at most 32 MiB are read)"
                 )
             self._header_end = 8 + length
         view = self._take_into_header(view, self._header_end)

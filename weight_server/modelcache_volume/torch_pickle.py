@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 MAX_PICKLE_BYTES = 32 * 2**20
-MAX_OPCODES = 4_000_000
+MAX_OPCODES = 2_000_000  # some 50,000 tensors; more of them would take more memory than a fetch has
 _MAX_DIMENSIONS = 64  # torch's own limit
 _KEYS = (str, int, float, bool, type(None))
 
