@@ -47,7 +47,12 @@ def operator_down(kubectl: Kubectl) -> Iterator[None]:
     within("scale", "deployment/modelcache", "--replicas=0")
     try:
         within(
-            "wait", "--for=delete", "pod", "--selector=app.kubernetes.io/name=modelcache", "--timeout=60s", timeout=70
+            "wait",
+            "--for=delete",
+            "pod",
+            "--selector=app.kubernetes.io/component=operator",
+            "--timeout=60s",
+            timeout=70,
         )
         yield
     finally:
