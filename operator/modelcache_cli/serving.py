@@ -80,7 +80,7 @@ def serve_until_stopped(arguments: argparse.Namespace, settings: "ServerSettings
 
     try:
         server = Server(settings)
-    except ServerError as error:
+    except ServerError as error:  # certificates, a key set, a Redis URL or a cache size without sense
         raise UsageError(str(error)) from error
     try:
         addresses = server.start()

@@ -27,7 +27,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from modelcache_server import ServerError, ServerSettings, logs
+    from modelcache_server import ServerSettings, logs
     from modelcache_volume import Volume
 
     logs.configure(arguments.log_level, arguments.log_format)
@@ -48,10 +48,7 @@ def _run(arguments: argparse.Namespace) -> int:
         settings = server_options.with_common(settings, arguments)
     except (OSError, ValueError) as error:
         raise UsageError(str(error)) from error
-    try:
-        return serve_until_stopped(arguments, settings, active.name)
-    except ServerError as error:  # certificates, a key set or a Redis URL without sense
-        raise UsageError(str(error)) from error
+    return serve_until_stopped(arguments, settings, active.name)
 
 
 def default_cache_bytes(volume: "Volume", active: "Active") -> int:
