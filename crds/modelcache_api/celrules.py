@@ -39,6 +39,13 @@ def _duration(at_least: str) -> str:
     return f"self.matches('{_DURATION}') && duration(self) >= duration('{at_least}')"
 
 
+def _positive_quantity(name: str, example: str) -> Rule:
+    return Rule(
+        "type(self) == int ? self > 0 : (isQuantity(self) && quantity(self).isGreaterThan(quantity('0')))",
+        f"{name} must be a positive quantity such as {example}",
+    )
+
+
 def _single_node_fetch(name: str, *, countable: bool = True) -> Rule:
     return Rule(
         f"{_MANY_NODES} || !has(self.fetch.{name})" + (f" || size(self.fetch.{name}) == 0" if countable else ""),
@@ -144,12 +151,7 @@ VALIDATIONS: dict[str, list[Rule]] = {
             ".storageClassName",
         ),
     ],
-    "spec.storage.size": [
-        Rule(
-            "type(self) == int ? self > 0 : (isQuantity(self) && quantity(self).isGreaterThan(quantity('0')))",
-            "size must be a positive quantity such as 20Gi",
-        )
-    ],
+    "spec.storage.size": [_positive_quantity("size", "20Gi")],
     "spec.storage.accessModes": [
         Rule(
             "!('ReadWriteOncePod' in self)",
@@ -171,8 +173,14 @@ VALIDATIONS: dict[str, list[Rule]] = {
             ").add(quantity('256Mi'))) >= 0",
             "limits.memory is too little: write at least cacheSize (or 64Mi, the smallest cache) and 256Mi beside it",
             ".resources.limits",
-        )
+        ),
+        Rule(
+            "!has(self.warmupSize) || !has(self.warmup) || self.warmup",
+            "warmup: false warms nothing; take warmupSize away, or write warmup: true",
+            ".warmupSize",
+        ),
     ],
+    "spec.server.warmupSize": [_positive_quantity("warmupSize", "2Gi")],
     "spec.server.cacheSize": [
         Rule(
             "isQuantity(string(self)) && quantity(string(self)).isInteger() && "

@@ -258,6 +258,9 @@ class Server(Part):
     warmup: bool = True
     """Whether a server fills its cache before it is ready."""
 
+    warmup_size: Annotated[Quantity, AfterValidator(_positive_bytes)] | None = None
+    """How much of the model is in the cache before a server is ready, from its first file on; absent: all that fits."""
+
     resources: Resources = Field(default_factory=Resources)
     """CPU and memory of a server; a memory limit holds cacheSize and at least 256Mi beside it."""
 
@@ -280,6 +283,13 @@ class Server(Part):
     def cache_bytes(self) -> int | None:
         """Bytes of cacheSize."""
         return None if self.cache_size is None else parse_bytes(self.cache_size)
+
+    @property
+    def warmup_bytes(self) -> int | None:
+        """How many bytes are warmed up before a server is ready; None: all that fit."""
+        if not self.warmup:
+            return 0
+        return None if self.warmup_size is None else parse_bytes(self.warmup_size)
 
 
 class ModelCacheSpec(Part):

@@ -131,6 +131,13 @@ def memory_holds_the_cache(spec: "ModelCacheSpec") -> Problem | None:
     )
 
 
+def warm_up_has_a_size_only_if_it_happens(spec: "ModelCacheSpec") -> Problem | None:
+    """Nothing of a size would be warmed."""
+    if spec.server.warmup or spec.server.warmup_size is None:
+        return None
+    return Problem(("server", "warmupSize"), "warmup: false warms nothing; take warmupSize away, or write warmup: true")
+
+
 def token_access_names_accounts(spec: "ModelCacheSpec") -> Problem | None:
     """Without a ServiceAccount nobody could read."""
     access = spec.server.access
@@ -162,6 +169,7 @@ SPEC_RULES: tuple[Rule, ...] = (
     single_node_fetch_follows_server,
     single_node_servers_do_not_spread,
     memory_holds_the_cache,
+    warm_up_has_a_size_only_if_it_happens,
     token_access_names_accounts,
 )
 """Rules that hold everywhere."""

@@ -49,6 +49,8 @@ BAD = [
     ({"server": {"topologySpreadConstraints": [{"maxSkew": 1}]}}, "replicas cannot spread"),
     ({"server": {"resources": {"limits": {"memory": "300Mi"}}}}, "limits.memory is too little"),
     ({"server": {"cacheSize": "1Gi", "resources": {"limits": {"memory": "1279Mi"}}}}, "limits.memory is too little"),
+    ({"server": {"warmup": False, "warmupSize": "1Gi"}}, "take warmupSize away"),
+    ({"server": {"warmupSize": "-1Gi"}}, "warmupSize must be a positive quantity"),
     ({"server": {"cacheSize": "65Mi"}}, "multiple of 4Mi"),
     ({"server": {"cacheSize": "32Mi"}}, "at least 64Mi"),
     ({"server": {"access": {"mode": "Token"}}}, "write at least one"),

@@ -252,9 +252,9 @@ def test_status_port_answers_probes_and_prometheus(server):
         "build_info",
         'requests_total{code="206",lane="http",method="GET"}',
         'sent_bytes_total{lane="grpc"}',
-        'block_reads_total{result="hit"}',
+        'cache_hits_total{tier="memory"}',
         "arena_size_bytes",
-        "request_seconds_bucket",
+        "request_duration_seconds_bucket",
     ):
         assert f"modelcache_server_{name}" in metrics.body.decode(), name
     for name in ("process_resident_memory_bytes", "process_open_fds", "process_cpu_seconds_total"):
@@ -325,4 +325,4 @@ def test_a_cache_smaller_than_the_model_serves_all_of_it(tmp_path):
             assert server.file(snapshot.digest, "a.bin").body == data
         assert read_all(stub, snapshot.digest, ("a.bin", 0, len(data))) == data
         assert server.metric("arena_used_bytes") == 64 * MIB
-        assert server.metric("evictions_total") > 0
+        assert server.metric('cache_evictions_total{tier="memory"}') > 0

@@ -90,14 +90,14 @@ def test_a_server_without_a_model_waits_for_one_and_says_so(tmp_path):
 def test_a_new_revision_is_warm_and_announced_within_two_seconds_and_shared_blocks_stay(tmp_path):
     volume, old = make_volume(tmp_path / "volume", OLD)
     with running(volume.root, poll_seconds=0.5) as server:
-        loaded = server.metric("load_seconds_count")
+        loaded = server.metric("load_duration_seconds_count")
         new = activate(volume, NEW, commit="b" * 40)
         start = time.monotonic()
         wait_until(lambda: revision(server) == new.digest, "not announced")
         assert time.monotonic() - start < 2
-        assert server.metric("load_seconds_count") == loaded + 2  # the file that changed
+        assert server.metric("load_duration_seconds_count") == loaded + 2  # the file that changed
         assert server.file(new.digest, "model.bin").body == NEW["model.bin"]
-        assert server.metric("load_seconds_count") == loaded + 2
+        assert server.metric("load_duration_seconds_count") == loaded + 2
         assert server.file(old.digest, "model.bin").body == OLD["model.bin"]
         assert server.metric("active_generation") == 2
 
@@ -201,7 +201,7 @@ def test_a_hundred_requests_for_a_cold_block_read_it_once(tmp_path):
         for thread in threads:
             thread.join()
         assert bodies == [OLD["model.bin"][:100]] * 100
-        assert server.metric("load_seconds_count") == 1
+        assert server.metric("load_duration_seconds_count") == 1
 
 
 def test_a_stop_lets_readers_finish_while_probes_say_unready(tmp_path):
@@ -444,6 +444,6 @@ def test_whose_turn_does_not_come_is_told_when_to_come_again_on_both_lanes(tmp_p
         assert [detail.Unpack(kind) for detail, kind in zip(status.details, (reason, retry), strict=True)] == [True] * 2
         assert (reason.reason, reason.domain) == ("RESOURCE_EXHAUSTED", "modelcache.io")
         assert retry.retry_delay.seconds == 1
-        assert server.metric("queue_seconds_count") == 2
+        assert server.metric("queue_duration_seconds_count") == 2
         admission.release("another client", 4 * MIB)
         assert server.file(snapshot.digest, "model.bin").status == 200

@@ -45,10 +45,10 @@ def test_a_second_replica_reads_nothing_from_the_volume(volume):
             wait_for_keys(redis, 4)
         with replica(volume, redis.url) as second:
             assert body(second, volume) == DATA
-            assert second.metric('load_seconds_count{tier="redis"}') == 4
-            assert second.metric('redis_reads_total{result="hit"}') == 4
+            assert second.metric('load_duration_seconds_count{tier="redis"}') == 4
+            assert second.metric('cache_hits_total{tier="redis"}') == 4
             with pytest.raises(AssertionError):
-                second.metric('load_seconds_count{tier="volume"}')
+                second.metric('load_duration_seconds_count{tier="volume"}')
         with redis.client() as client:
             (key, *_) = client.keys()
             assert 0 < client.ttl(key) <= 100
@@ -70,8 +70,8 @@ def test_corrupted_and_foreign_values_are_noticed_and_replaced(volume):
         client.set(four, client.get(four) + b"x")
         with replica(volume, redis.url) as second:
             assert body(second, volume) == DATA
-            assert second.metric('redis_reads_total{result="wrong"}') == 4
-            assert second.metric('load_seconds_count{tier="volume"}') == 4
+            assert second.metric("redis_wrong_values_total") == 4
+            assert second.metric('load_duration_seconds_count{tier="volume"}') == 4
 
 
 def test_without_redis_everything_is_served_and_it_is_used_once_it_is_back(volume, monkeypatch):
@@ -122,10 +122,32 @@ def test_a_redis_without_memory_or_with_a_password_only_costs_speed(volume):
         with replica(volume, redis.url) as server:
             assert body(server, volume) == DATA
             assert server.metric("redis_failures_total") >= 1
-            assert server.metric('redis_reads_total{result="wrong"}') == 0
+            assert server.metric("redis_wrong_values_total") == 0
         with replica(volume, redis.url.replace("redis://", "redis://:secret@")) as server:
             assert body(server, volume) == DATA
             wait_until(lambda: server.metric('redis_writes_total{result="written"}') == 4, "not written")
+
+
+def test_blocks_that_redis_evicted_come_from_the_volume(tmp_path):
+    data = random_bytes(10 * BLOCK_BYTES, 2)
+    volume = make_volume(tmp_path / "large", {"model.bin": data})
+    with redis_server("--maxmemory", "24mb", "--maxmemory-policy", "allkeys-lru") as redis, redis.client() as client:
+        with replica(volume, redis.url) as first:
+            assert body(first, volume) == data
+            wait_until(lambda: client.info("stats")["evicted_keys"] > 0, "nothing was evicted")
+        with replica(volume, redis.url) as second:
+            (newest, *_) = sorted(client.keys(), key=lambda key: client.object("idletime", key))
+            block = int(newest.rpartition(b":")[2])
+            span = f"bytes={block * BLOCK_BYTES}-{(block + 1) * BLOCK_BYTES - 1}"
+            answer = second.file(volume[1].digest, "model.bin", Range=span)
+            assert answer.body == data[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES]
+            assert second.metric('cache_hits_total{tier="redis"}') == 1
+            assert body(second, volume) == data
+            assert second.metric('cache_misses_total{tier="redis"}') > 0
+            asked = [second.metric(f'cache_{what}_total{{tier="redis"}}') for what in ("hits", "misses")]
+            assert sum(asked) == second.metric('cache_misses_total{tier="memory"}') == 10
+            assert second.metric("redis_failures_total") == 0
+            assert second.metric("redis_wrong_values_total") == 0
 
 
 def test_a_url_without_sense_is_refused_and_never_shown(volume):
@@ -150,7 +172,7 @@ def test_redis_over_tls_gives_the_same_bytes(volume, tmp_path):
             wait_until(lambda: first.metric('redis_writes_total{result="written"}') == 4, "not written")
         with replica(volume, url) as second:
             assert body(second, volume) == DATA
-            assert second.metric('load_seconds_count{tier="redis"}') == 4
+            assert second.metric('load_duration_seconds_count{tier="redis"}') == 4
 
 
 @pytest.mark.parametrize(
@@ -179,7 +201,7 @@ def test_something_else_on_redis_port_costs_one_time_out(volume, reply):
                 start = time.monotonic()
                 assert body(server, volume) == DATA
                 assert time.monotonic() - start < 5
-                assert server.metric('load_seconds_count{tier="volume"}') == 4
+                assert server.metric('load_duration_seconds_count{tier="volume"}') == 4
         finally:
             listener.shutdown(socket.SHUT_RDWR)
             thread.join()

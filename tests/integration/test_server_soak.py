@@ -17,7 +17,17 @@ from modelcache_volume import BLOCK_BYTES
 from modelcache_wire.v1 import weights_pb2, weights_pb2_grpc
 from support.processes import Child
 from support.server_redis import RedisServer, redis_server
-from support.server_volume import HOST, MIB, flip_bit, make_volume, nothing_left_behind, random_bytes, wait_until
+from support.server_volume import (
+    HOST,
+    MIB,
+    flip_bit,
+    make_volume,
+    metric_of,
+    metrics_of,
+    nothing_left_behind,
+    random_bytes,
+    wait_until,
+)
 
 SECONDS = 60
 DATA = random_bytes(96 * MIB, 1)  # more than the cache of 64 MiB
@@ -47,23 +57,11 @@ class Site:
 
     def ready(self) -> bool:
         with contextlib.suppress(OSError, http.client.HTTPException):
-            return "arena_size" in self.metrics()
+            return "arena_size" in metrics_of(self.ports["--status-port"])
         return False
 
-    def metrics(self) -> str:
-        connection = http.client.HTTPConnection(HOST, self.ports["--status-port"], timeout=10)
-        try:
-            connection.request("GET", "/metrics")
-            return connection.getresponse().read().decode()
-        finally:
-            connection.close()
-
     def metric(self, name: str) -> float:
-        return next(
-            float(line.rpartition(" ")[2])
-            for line in self.metrics().splitlines()
-            if line.startswith(f"modelcache_server_{name}")
-        )
+        return metric_of(self.ports["--status-port"], name)
 
     def kill(self) -> None:
         self.child.kill()

@@ -54,6 +54,24 @@ def flip_bit(path: Path, offset: int) -> None:
         os.fsync(file.fileno())
 
 
+def metrics_of(status_port: int) -> str:
+    """What Prometheus is told."""
+    connection = http.client.HTTPConnection(HOST, status_port, timeout=30)
+    try:
+        connection.request("GET", "/metrics")
+        return connection.getresponse().read().decode()
+    finally:
+        connection.close()
+
+
+def metric_of(status_port: int, name: str) -> float:
+    """The value of the metric's line that begins so."""
+    for line in metrics_of(status_port).splitlines():
+        if line.startswith(f"modelcache_server_{name}"):
+            return float(line.rpartition(" ")[2])
+    raise AssertionError(f"no metric {name}")
+
+
 @dataclass
 class Answer:
     status: int
@@ -87,11 +105,7 @@ class Running:
         return self.ask(path, port=self.addresses.status)
 
     def metric(self, name: str) -> float:
-        """The value of the metric's line that begins so."""
-        for line in self.status("/metrics").body.decode().splitlines():
-            if line.startswith(f"modelcache_server_{name}"):
-                return float(line.rpartition(" ")[2])
-        raise AssertionError(f"no metric {name}")
+        return metric_of(self.addresses.status, name)
 
     @contextlib.contextmanager
     def stub(self) -> Iterator[weights_pb2_grpc.WeightsStub]:

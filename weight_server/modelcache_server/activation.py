@@ -5,12 +5,13 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from itertools import islice
 
 from modelcache_server.cache import BlockCache, BlockKey
 from modelcache_server.catalog import Catalog, Origin, ServedSnapshot
 from modelcache_server.reader import BlockReader
 from modelcache_server.store import SMALL_FILE_BYTES, ServedFile
-from modelcache_volume import BLOCK_BYTES, CorruptBlob, NoActiveRevision, VolumeError
+from modelcache_volume import CorruptBlob, NoActiveRevision, VolumeError
 from modelcache_volume.v1 import manifest_pb2
 
 _log = logging.getLogger(__name__)
@@ -137,11 +138,10 @@ class ActivationWatch:
 
     def _warm(self, snapshot: ServedSnapshot) -> None:
         """Load the snapshot's first blocks, as many as the settings and the cache allow, and check its small files."""
-        budget = self._cache.capacity
-        if self._warmup_bytes is not None:
-            budget = min(budget, -(-self._warmup_bytes // BLOCK_BYTES))
-        small = [(file, 0) for file in snapshot.files.values() if file.size < SMALL_FILE_BYTES] if budget else []
-        wanted = small + [(file, block) for _, file, block in _blocks(snapshot)][:budget]
+        wanted: list[tuple[ServedFile, int]] = []
+        if self._warmup_bytes != 0:
+            wanted = [(file, 0) for file in snapshot.files.values() if file.size < SMALL_FILE_BYTES]
+            wanted += islice(_first_blocks(snapshot, self._warmup_bytes), self._cache.capacity)
         running: set[Future[None]] = set()
         with ThreadPoolExecutor(max_workers=_WARMERS, thread_name_prefix="warm-up") as pool:
             try:
@@ -160,6 +160,16 @@ class ActivationWatch:
 def _raise_first(done: set[Future[None]]) -> None:
     for future in done:
         future.result()
+
+
+def _first_blocks(snapshot: ServedSnapshot, size: int | None) -> Iterator[tuple[ServedFile, int]]:
+    """The blocks that hold the first `size` bytes; None: all."""
+    before = 0
+    for _, file, block in _blocks(snapshot):
+        if size is not None and before >= size:
+            return
+        yield file, block
+        before += file.block_length(block)
 
 
 def _blocks(snapshot: ServedSnapshot) -> Iterator[tuple[BlockKey, ServedFile, int]]:

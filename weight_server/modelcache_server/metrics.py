@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
@@ -24,10 +24,12 @@ class Metrics:
         self._requests = self._counter("requests", "Requests answered.", "lane", "method", "code")
         self._errors = self._counter("errors", "Requests that failed, by reason.", "lane", "reason")
         self._sent = self._counter("sent_bytes", "Bytes sent to clients.", "lane")
-        self._latency = self._histogram("request_seconds", "From a request's head to its last byte.", "lane", "method")
-        self._load = self._histogram("load_seconds", "Loading one block or small file, verified.", "tier")
+        self._latency = self._histogram(
+            "request_duration_seconds", "From a request's head to its last byte.", "lane", "method"
+        )
+        self._load = self._histogram("load_duration_seconds", "Loading one block or small file, verified.", "tier")
         self._loaded = self._counter("loaded_bytes", "Bytes loaded, by tier.", "tier")
-        self._queue = self._histogram("queue_seconds", "Waiting for a turn to send, of those that had to.")
+        self._queue = self._histogram("queue_duration_seconds", "Waiting for a turn to send, of those that had to.")
 
     def served(self, served: Served) -> None:
         """Count a request and write its line in the access log."""
@@ -97,7 +99,7 @@ def gauge(name: str, text: str, value: float) -> Metric:
     return GaugeMetricFamily(f"modelcache_server_{name}", text, value=value)
 
 
-def total(name: str, text: str, values: dict[str, float], label: str = "") -> Metric:
+def total(name: str, text: str, values: Mapping[str, float], label: str = "") -> Metric:
     """A count since the start, by one label (or, under the empty key, without)."""
     family = CounterMetricFamily(f"modelcache_server_{name}", text, labels=[label] if label else [])
     for key, value in values.items():

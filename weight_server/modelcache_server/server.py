@@ -208,24 +208,22 @@ class Server:
         yield gauge("waiting_requests", "Requests that wait for their turn.", self._admission.waiting)
         yield gauge("http_connections", "Open connections of the HTTP lane.", self._http.connections)
         yield gauge("grpc_streams", "Reads in progress.", self._service.streams if self._service else 0)
-        yield total("block_reads", "Reads of blocks.", {"hit": counters.hits, "miss": counters.misses}, "result")
-        yield total("evictions", "Blocks evicted from the arena.", {"": counters.evictions})
-        yield total("failed_loads", "Loads that failed.", {"": counters.failed_loads})
-        yield total("loaded_ahead", "Blocks loaded before they were asked for.", {"": counters.loaded_ahead})
-        yield total("activations", "Revisions announced.", {"": self._watch.activations})
-        yield total("lease_failures", "Leases that could not be renewed.", {"": self._catalog.lease_failures})
+        hits, misses = {"memory": counters.hits}, {"memory": counters.misses}
         if self._redis is not None:
             seen = self._redis.counters
-            yield total(
-                "redis_reads",
-                "Blocks asked of Redis.",
-                {"hit": seen.hits, "miss": seen.misses, "wrong": seen.wrong},
-                "result",
-            )
+            hits["redis"], misses["redis"] = seen.hits, seen.misses + seen.wrong
+            yield total("redis_wrong_values", "Values in Redis that were not the block.", {"": seen.wrong})
             yield total("redis_failures", "Calls that Redis failed.", {"": seen.failures})
             yield total(
                 "redis_writes", "Blocks offered to Redis.", {"written": seen.written, "dropped": seen.dropped}, "result"
             )
+        yield total("cache_hits", "Blocks asked of a tier that it had.", hits, "tier")
+        yield total("cache_misses", "Blocks asked of a tier that it had not.", misses, "tier")
+        yield total("cache_evictions", "Blocks that left a tier for others.", {"memory": counters.evictions}, "tier")
+        yield total("failed_loads", "Loads that failed.", {"": counters.failed_loads})
+        yield total("loaded_ahead", "Blocks loaded before they were asked for.", {"": counters.loaded_ahead})
+        yield total("activations", "Revisions announced.", {"": self._watch.activations})
+        yield total("lease_failures", "Leases that could not be renewed.", {"": self._catalog.lease_failures})
         announced = self._catalog.announced
         if announced is not None:
             yield gauge("active_generation", "Generation of the active revision.", announced.active.generation)

@@ -64,7 +64,7 @@ def _run(arguments: argparse.Namespace) -> int:
         http_port=arguments.http_port,
         status_port=arguments.metrics_port,
         cache_bytes=arguments.cache_size or spec.server.cache_bytes or default_cache_bytes(volume, active),
-        warmup_bytes=None if spec.server.warmup else 0,
+        warmup_bytes=spec.server.warmup_bytes,
     )
     return serve_until_stopped(arguments, settings, name)
 

@@ -78,7 +78,7 @@ def deployment(
         pod.VOLUME_PATH,
         f"--name={name}",
         f"--cache-size={cache}",
-        f"--warmup={'all' if spec.server.warmup else 'none'}",
+        f"--warmup={_warmup(spec.server.warmup_bytes)}",
         f"--drain={DRAIN_SECONDS}",
         f"--grace={GRACE_SECONDS}",
     ]
@@ -188,6 +188,11 @@ def key_set(cr: Object, keys: TokenKeys) -> Object:
         "metadata": names.metadata(cr, names.keys_name(cr["metadata"]["name"]), names.KEYS),
         "data": {KEY_SET_FILE: keys.key_set},
     }
+
+
+def _warmup(size: int | None) -> str:
+    """The server's --warmup."""
+    return "all" if size is None else str(size) if size else "none"
 
 
 def _add_tls(spec: ModelCacheSpec, arguments: list[str], volumes: list[Object], mounts: list[Object]) -> None:

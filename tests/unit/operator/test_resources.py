@@ -309,6 +309,14 @@ def test_every_field_of_server_is_honoured():
     assert main_of(built)["resources"] == {"limits": {"memory": "1Gi"}, "requests": {"cpu": "2"}}
 
 
+@pytest.mark.parametrize(("fields", "warmed"), [({}, None), ({"warmup": False}, 0), ({"warmupSize": "2Gi"}, 2 * GIB)])
+def test_a_server_warms_up_what_the_spec_says(fields, warmed):
+    from modelcache_server import options
+
+    (given,) = (part for part in main_of(deployment(server=fields))["command"] if part.startswith("--warmup="))
+    assert options.parse_warmup(given.removeprefix("--warmup=")) == warmed
+
+
 def test_the_command_lines_are_those_that_the_programs_take():
     import argparse
 
