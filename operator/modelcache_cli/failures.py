@@ -53,6 +53,14 @@ class CommandError(Exception):
 class UsageError(Exception):
     """The command line cannot be understood, beyond what argparse finds."""
 
+    exit_code = USAGE
+
+
+class OutputError(Exception):
+    """Standard output takes nothing more: the disk behind it is full, or gone."""
+
+    exit_code = OPERATING_SYSTEM_ERROR
+
 
 def explain(error: Exception) -> tuple[int, str]:
     """The exit code and the text (usually one sentence) for an error.
@@ -63,8 +71,8 @@ def explain(error: Exception) -> tuple[int, str]:
     reason = getattr(error, "reason", None)
     if isinstance(reason, Reason):
         return REASONS[reason].exit_code, str(error)
-    if isinstance(error, UsageError):
-        return USAGE, str(error)
+    if isinstance(error, UsageError | OutputError):
+        return error.exit_code, str(error)
     for cls in type(error).__mro__:
         if cls.__module__ == "modelcache_volume.errors":
             volume_reason = _VOLUME_REASONS.get(cls.__name__)

@@ -69,7 +69,6 @@ def fetch(arguments: argparse.Namespace, model: "ModelCache", root: Path, *, ver
     from modelcache_fetcher import Progress, run_fetch
 
     name, spec = model.metadata.name, model.spec
-    before = _active_source(root, name)
     options = replace(fetch_options(arguments, model), verify=verify)
     progress = Progress()
     with ProgressDisplay(progress.snapshot, f"fetch {name}"):
@@ -77,25 +76,7 @@ def fetch(arguments: argparse.Namespace, model: "ModelCache", root: Path, *, ver
     what = f"{result.files} files, {format_bytes(result.bytes)}"
     how = f"{format_bytes(result.downloaded_bytes)} fetched" if result.downloaded_bytes else "all there already"
     say(f"{name}: {what} of {spec.repo_id} at {result.commit[:12]}, {how}; digest {result.digest}")
-    now = _active_source(root, name)
-    if before not in {None, now}:
-        say(f"note: {name} was {before} until now; whoever serves {name} from this volume now serves {now}")
+    if result.replaced:
+        text = f"whoever serves {name} from this volume now serves {spec.repo_id}"
+        say(f"note: {name} was {result.replaced} until now; {text}")
     return result
-
-
-def _active_source(root: Path, name: str) -> str | None:
-    """What the name stands for on the volume; None if there is no volume yet, or nothing of that name.
-
-    Raises:
-        VolumeError: The volume cannot be used; known before the source is asked for anything.
-    """
-    from modelcache_volume import NoActiveRevision, SnapshotNotFound, Volume
-
-    if not root.joinpath("FORMAT").exists():
-        return None
-    volume = Volume.open(root)
-    try:
-        active = volume.active(name)
-        return volume.snapshot(active.digest, active.folder).manifest.source.repo_id
-    except (NoActiveRevision, SnapshotNotFound):
-        return None

@@ -13,7 +13,7 @@ from modelcache_api.reasons import INTERRUPTED, TERMINATED
 from modelcache_cli.command import Command, wrapped
 from modelcache_cli.commands import fetch, ls, plan, prune, serve, up, verify, wait
 from modelcache_cli.failures import explain
-from modelcache_cli.output import printable, say
+from modelcache_cli.output import say, writing
 
 PROGRAM = "modelcache"
 BROKEN_PIPE = 141
@@ -107,9 +107,11 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The process's exit code.
     """
-    signal.signal(signal.SIGTERM, _terminate)
     debug = False
     try:
+        signal.signal(signal.SIGTERM, _terminate)
+        if callable(signal.getsignal(signal.SIGINT)):  # not where a shell has it ignored
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         arguments = _parser().parse_args(argv)
         debug = getattr(arguments, "debug", False)
         logging.basicConfig(
@@ -118,7 +120,8 @@ def main(argv: list[str] | None = None) -> int:
         if not debug:
             logging.getLogger("modelcache_fetcher").setLevel(logging.WARNING)  # what is left out, what is planned anew
         code: int = arguments.command.run(arguments)
-        sys.stdout.flush()
+        with writing():
+            sys.stdout.flush()
     except KeyboardInterrupt as interruption:
         _second_signal_kills()
         return TERMINATED if isinstance(interruption, Terminated) else INTERRUPTED
@@ -129,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         for line in text.splitlines() or [type(error).__name__]:
-            say(f"{PROGRAM}: {printable(line)}")
+            say(f"{PROGRAM}: {line}")
     _drop_unwritable_output()
     return code
 

@@ -9,9 +9,12 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Protocol, Self
+
+from modelcache_cli.failures import OutputError
 
 _BAR_SECONDS = 0.1
 _JSON_SECONDS = 1.0
@@ -27,18 +30,42 @@ class _Shown(Protocol):
 
 
 def say(text: str) -> None:
-    """A sentence for people, on standard error."""
-    print(text, file=sys.stderr, flush=True)
+    """A line for people, on standard error; control characters in it are shown, not obeyed."""
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def writing() -> Iterator[None]:
+    """For what writes to standard output.
+
+    Raises:
+        OutputError: It could not.
+        BrokenPipeError: Whoever read it has gone, as `head` does; no error of ours.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"standard output cannot be written: {error.strerror}") from error
+
+
+def emit(text: str = "") -> None:
+    """A line of what was asked for, on standard output. Raises as `writing`."""
+    with writing():
+        print(text)
 
 
 def printable(text: str) -> str:
     """A name that somebody else chose, without characters that could steer a terminal."""
-    return "".join(character if character.isprintable() else f"\\x{ord(character):02x}" for character in text)
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
 
 
 def print_json(value: Any) -> None:
     """A value as indented JSON on standard output."""
-    print(json.dumps(value, indent=2))
+    emit(json.dumps(value, indent=2))
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[int] = ()) -> None:
@@ -56,7 +83,7 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, right: 
             cell.rjust(width) if column in right else cell.ljust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
-        print("  ".join(cells).rstrip())
+        emit("  ".join(cells).rstrip())
 
 
 class ProgressDisplay:
@@ -76,8 +103,10 @@ class ProgressDisplay:
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
 
     def _run(self) -> None:
-        while not self._stop.wait(self._interval):
-            self._shown.update(self._counters())
+        # Who reads the progress may be gone: `close` tells it to the thread that does the work.
+        with suppress(OutputError, BrokenPipeError):
+            while not self._stop.wait(self._interval):
+                self._shown.update(self._counters())
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -113,7 +142,8 @@ class _JsonLines:
     """One object a line on standard output."""
 
     def update(self, counters: dict[str, Any]) -> None:
-        print(json.dumps(counters), flush=True)
+        with writing():
+            print(json.dumps(counters), flush=True)
 
     close = update
 

@@ -34,9 +34,11 @@ from modelcache_volume import (
     IndexedFile,
     InvalidPath,
     NewerFormat,
+    NoActiveRevision,
     NoSpace,
     NotAVolume,
     Snapshot,
+    SnapshotNotFound,
     Volume,
     VolumeBusy,
     VolumeError,
@@ -51,8 +53,8 @@ from modelcache_volume.v1 import manifest_pb2
 _LOG = logging.getLogger(__name__)
 
 _SPARE_BYTES = 16 * 2**20
-_MAX_INDEX_BYTES = 16 * 2**20  # some 150,000 tensors; parsed, it takes ten times as much memory
 """Room that a fetch leaves on the volume, for manifests, links and the file system itself."""
+_MAX_INDEX_BYTES = 16 * 2**20  # some 150,000 tensors; parsed, it takes ten times as much memory
 _REPLANS = 3
 """How often a source may change under a fetch before that is an error."""
 
@@ -98,6 +100,7 @@ class FetchResult:
         bytes: Their sizes' sum.
         downloaded_bytes: What came from the source in this run.
         generation: Of the active record.
+        replaced: The other source that the name stood for until now; "": none.
     """
 
     digest: str
@@ -106,6 +109,7 @@ class FetchResult:
     bytes: int
     downloaded_bytes: int
     generation: int
+    replaced: str = ""
 
 
 def make_plan(spec: ModelCacheSpec, options: FetchOptions | None = None) -> Plan:
@@ -211,6 +215,7 @@ class _Run:
             snapshot = self._publish(plan)
         else:
             self.progress.found(plan.total_bytes)
+        replaced = self._former_source(plan)
         active = self.writer.activate(
             self.name, snapshot, requested=plan.requested, history_limit=self.spec.revision_history_limit
         )
@@ -223,7 +228,18 @@ class _Run:
             bytes=sum(file.size for file in snapshot.manifest.files),
             downloaded_bytes=self.progress.downloaded_bytes,
             generation=active.generation,
+            replaced=replaced,
         )
+
+    def _former_source(self, plan: Plan) -> str:
+        """The other source that the name stands for until the plan's snapshot is active; empty: none."""
+        volume = self.writer.volume
+        try:
+            active = volume.active(self.name)
+            former: str = volume.snapshot(active.digest, active.folder).manifest.source.repo_id
+        except (NoActiveRevision, SnapshotNotFound):
+            return ""
+        return former if former != plan.repo_id else ""
 
     def _take_what_is_there(self, plan: Plan) -> list[PlannedFile]:
         """Enter the files that the volume has; returns those it has not."""

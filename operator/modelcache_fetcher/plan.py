@@ -201,7 +201,7 @@ def _nothing_left(listing: Listing, allow: list[str], ignore: list[str]) -> Fetc
     if not allow:
         message = f"ignorePatterns {ignore} leave out all {len(paths)} files; take away the pattern that is too wide."
     else:
-        near = ", ".join(nearest_names(paths, allow))
+        near = ", ".join(map(repr, nearest_names(paths, allow)))
         message = f"None of the {len(paths)} files is left by allowPatterns {allow}"
         message += f" and ignorePatterns {ignore}" if ignore else ""
         message += f". Patterns are case-sensitive and apply to the whole path; the nearest names are: {near}."

@@ -2,14 +2,22 @@
 
 import re
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from modelcache_api.reasons import REASONS, Reason
 from modelcache_fetcher.errors import FetchError, SourceChangedError
 from modelcache_fetcher.retry import parse_retry_after
 from modelcache_fetcher.sources import HttpLocation, LocalLocation, Location, Source
 from modelcache_fetcher.transfer import Transfer
-from modelcache_fetcher.transport import Answer, Body, HttpTransport, LocalBody, TransportError, host_of
+from modelcache_fetcher.transport import (
+    PRIVATE_HEADERS,
+    Answer,
+    Body,
+    HttpTransport,
+    LocalBody,
+    TransportError,
+    host_of,
+)
 
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 _SKIP_BYTES = 2**20
@@ -85,7 +93,8 @@ class Requester:
             raise RetryError(Reason.UNAVAILABLE, str(error), silent_seconds=error.silent_seconds) from None
         if answer.url != location.url:
             # Asking the same signed URL again spares the hub, which counts and limits its redirects.
-            transfer.direct = HttpLocation(answer.url)
+            kept = {name: value for name, value in location.headers.items() if name.lower() not in PRIVATE_HEADERS}
+            transfer.direct = replace(location, url=answer.url, headers=kept)
         return answer.body
 
     def examine(self, transfer: Transfer) -> None:

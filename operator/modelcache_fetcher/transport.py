@@ -29,7 +29,8 @@ from modelcache_fetcher.sources import LocalLocation
 MAX_REDIRECTS = 10
 _PATIENCE = struct.pack("ll", 0, 50_000)
 """struct timeval of SO_RCVTIMEO: what came within 50 ms is handed on even if it is not all that was asked for."""
-_PRIVATE_HEADERS = frozenset({"authorization", "cookie", "x-amz-security-token", "x-goog-api-key"})
+PRIVATE_HEADERS = frozenset({"authorization", "cookie", "x-amz-security-token", "x-goog-api-key"})
+"""Lower-case names of headers that carry credentials: for the first URL's host only."""
 
 
 class TransportError(Exception):
@@ -202,7 +203,7 @@ class HttpTransport:
         origin = _origin(url)
         for _ in range(MAX_REDIRECTS):
             own = _origin(url) == origin
-            sent = {name: value for name, value in headers.items() if own or name.lower() not in _PRIVATE_HEADERS}
+            sent = {name: value for name, value in headers.items() if own or name.lower() not in PRIVATE_HEADERS}
             answer = self._ask(url, sent)
             location = answer.headers.get("location")
             if answer.status not in {301, 302, 303, 307, 308} or location is None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from modelcache_api.reasons import INTERRUPTED
 from modelcache_volume import Volume
 from support.cli import (
     FREE_PORTS,
@@ -278,13 +279,38 @@ def test_a_reader_that_goes_away_is_no_error_message(volume):
     assert done.stdout.strip() in {"0", "141"}
 
 
-def test_a_full_disk_behind_standard_output_is_an_error(volume):
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("command", ["ls", "plan", "fetch"])
+def test_a_full_disk_behind_standard_output_is_an_error(volume, manifest, command, unbuffered):
+    arguments = {"ls": ["--volume", volume], "plan": ["-f", manifest], "fetch": ["-f", manifest, "--volume", volume]}
     with Path("/dev/full").open("w") as full:
-        command = [sys.executable, "-m", "modelcache_cli", "ls", "--volume", volume]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert done.returncode == 70
-    assert done.stderr.startswith("modelcache: ")
-    assert "No space left" in done.stderr
+        done = subprocess.run(
+            [sys.executable, "-m", "modelcache_cli", command, *arguments[command]],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )
+    assert done.returncode == 1
+    assert done.stderr == "modelcache: standard output cannot be written: No space left on device\n"
+
+
+def test_an_interrupt_while_the_program_still_starts_ends_it_without_a_word(manifest):
+    """The first import that takes long is held back by a module of the test's; what happens then is not timing."""
+    code = (
+        "import importlib.abc, os, signal, sys\n"
+        "class Interrupt(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'modelcache_cli.main': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "from modelcache_cli.__main__ import run\n"
+        "sys.exit(run())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "plan", "-f", manifest], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (INTERRUPTED, "", "")
 
 
 def test_debug_shows_the_traceback(tmp_path):

@@ -61,8 +61,11 @@ def test_only_a_changed_object_is_fetched_again(server, bucket, volume):
     assert contents(volume, "model") == {**FILES, "config.json": b"[1]"}
 
 
+@pytest.mark.parametrize("successor", [b"[1, 2]", b"[]"], ids=["of another size", "of the same size"])
 @pytest.mark.parametrize("method", ["list_files", "examine"])
-def test_an_object_replaced_between_plan_and_download_is_planned_anew(server, bucket, volume, monkeypatch, method):
+def test_an_object_replaced_between_plan_and_download_is_planned_anew(
+    server, bucket, volume, monkeypatch, method, successor
+):
     from modelcache_fetcher.sources.gcs import GcsSource
 
     real, changed = getattr(GcsSource, method), []
@@ -70,12 +73,12 @@ def test_an_object_replaced_between_plan_and_download_is_planned_anew(server, bu
     def then_change(self, asked):
         answer = real(self, asked)
         if not changed:
-            changed.append(gcs_upload(server, bucket, "bert/config.json", b"[1, 2]"))
+            changed.append(gcs_upload(server, bucket, "bert/config.json", successor))
         return answer
 
     monkeypatch.setattr(GcsSource, method, then_change)
     fetch(server, volume, f"gs://{bucket}/bert")
-    assert contents(volume, "model") == {**FILES, "config.json": b"[1, 2]"}
+    assert contents(volume, "model") == {**FILES, "config.json": successor}
 
 
 def test_an_object_stored_compressed_arrives_as_it_is_stored(server, bucket, volume):

@@ -51,6 +51,7 @@ PATHS = {
     "NUL": "a\x00b",
     "newline": "a\nb",
     "escape sequence": "a\x1b[2Jb",
+    "right to left": "model\u202esrosnetefas.py",
     "empty component": "a//b",
     "dot": "./config2.json",
     "300 bytes": "n" * 300,
@@ -62,8 +63,7 @@ PATHS = {
 def test_names_that_escape_or_cannot_be_stored_are_refused(hub, volume, tmp_path, path):
     error = refused(hub, volume, {path: b"evil"})
     assert error.reason is Reason.INVALID_SOURCE
-    assert "\x1b" not in str(error)
-    assert "\n" not in str(error)
+    assert str(error).isprintable()
     assert not list(tmp_path.rglob("escaped*"))
 
 

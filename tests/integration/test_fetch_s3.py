@@ -1,6 +1,10 @@
 """Fetching from S3: a real moto server."""
 
+import hashlib
 import json
+import random
+import re
+import threading
 import urllib.request
 
 import pytest
@@ -161,20 +165,27 @@ def test_multipart_objects_are_unverified_at_source_but_fetched(server, s3, volu
     assert entry.etag.endswith("-4")
 
 
+def folder(tmp_path, files):
+    """What a store of our own serves as a bucket."""
+    root = tmp_path / "bucket"
+    root.mkdir()
+    for name, content in files.items():
+        (root / name).write_bytes(content)
+    return root
+
+
 @pytest.mark.parametrize("stated", ["FULL_OBJECT", "COMPOSITE", "damaged"])
 def test_a_multipart_object_is_compared_only_with_a_checksum_of_the_whole(volume, keys, tmp_path, stated):
     class Store(S3Handler):
-        def checksum(self, file):
-            whole = super().checksum(file)
+        def stated(self, file):
+            whole = super().stated(file)
             return {
                 "FULL_OBJECT": whole,
                 "COMPOSITE": {"x-amz-checksum-crc32c": "AAAAAA==-2", "x-amz-checksum-type": "COMPOSITE"},
                 "damaged": {**whole, "x-amz-checksum-crc32c": "AAAAAA=="},
             }[stated]
 
-    (tmp_path / "bucket").mkdir()
-    (tmp_path / "bucket" / "model.safetensors").write_bytes(BIG)
-    with serve(Store, root=tmp_path / "bucket") as (store, _):
+    with serve(Store, root=folder(tmp_path, {"model.safetensors": BIG})) as (store, _):
         if stated == "damaged":
             assert fails(store.url, volume, keys, repo="s3://models").reason is Reason.CHECKSUM_MISMATCH
             return
@@ -186,19 +197,111 @@ def test_a_multipart_object_is_compared_only_with_a_checksum_of_the_whole(volume
     assert entry.etag.endswith("-2")
 
 
-def test_objects_encrypted_by_kms_have_no_md5(server, s3, volume, keys):
-    s3.put_object(Bucket="models", Key="bert/config.json", Body=b"{}", ServerSideEncryption="aws:kms")
-    fetch(server, volume, keys)
-    assert entries(volume)["config.json"].verification != manifest_pb2.VERIFICATION_MD5
+ENCRYPTION = "x-amz-server-side-encryption"
 
 
-def test_an_object_encrypted_by_s3_itself_has_its_md5(server, s3, volume, keys):
-    s3.put_object(Bucket="models", Key="bert/config.json", Body=b"{}", ServerSideEncryption="AES256")
-    fetch(server, volume, keys)
-    assert entries(volume)["config.json"].verification in {
-        manifest_pb2.VERIFICATION_MD5,
-        manifest_pb2.VERIFICATION_S3_CHECKSUM,
-    }
+@pytest.mark.parametrize(
+    ("headers", "content", "compared"),
+    [
+        ({}, b"{}", True),
+        ({ENCRYPTION: "AES256"}, b"{}", True),
+        ({}, b"damaged", None),
+        ({ENCRYPTION: "AES256"}, b"damaged", None),
+        ({ENCRYPTION: "aws:kms"}, b"damaged", False),
+        ({ENCRYPTION: "aws:kms:dsse"}, b"damaged", False),
+        ({f"{ENCRYPTION}-customer-algorithm": "AES256"}, b"damaged", False),
+    ],
+)
+def test_an_etag_is_taken_for_an_md5_only_where_s3_says_that_it_is_one(
+    volume, keys, tmp_path, headers, content, compared
+):
+    """With KMS and customers' keys the ETag looks like an MD5 and is that of something else."""
+
+    class Store(S3Handler):
+        def etag(self, file):
+            return hashlib.md5(b"{}").hexdigest()
+
+        def stated(self, file):
+            return headers
+
+    with serve(Store, root=folder(tmp_path, {"config.json": content})) as (store, _):
+        if compared is None:
+            assert fails(store.url, volume, keys, repo="s3://models").reason is Reason.CHECKSUM_MISMATCH
+            return
+        fetch(store.url, volume, keys, repo="s3://models")
+    assert contents(volume, "model") == {"config.json": content}
+    wanted = manifest_pb2.VERIFICATION_MD5 if compared else manifest_pb2.VERIFICATION_NONE
+    assert entries(volume)["config.json"].verification == wanted
+
+
+class Unchecked(S3Handler):
+    """States nothing that the bytes could be compared with: only the protocol says which bytes they are."""
+
+    def stated(self, file):
+        return {}
+
+
+TEXT = random.Random(1).randbytes(40 * 2**20)
+
+
+def test_a_range_that_is_another_than_the_asked_one_is_not_taken(volume, keys, tmp_path):
+    shifted = []
+
+    class Store(Unchecked):
+        def send_file(self, source, headers):
+            asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            if asked and int(asked[1]) and not shifted:
+                shifted.append(asked[0])
+                self.headers.replace_header("Range", f"bytes={int(asked[1]) - 1}-{asked[2]}")
+            super().send_file(source, headers)
+
+    with serve(Store, root=folder(tmp_path, {"vocab.txt": TEXT})) as (store, _):
+        fetch(store.url, volume, keys, repo="s3://models")
+    assert shifted
+    assert contents(volume, "model")["vocab.txt"] == TEXT
+
+
+@pytest.mark.parametrize("redirected", [False, True])
+def test_an_object_replaced_while_it_is_read_is_never_mixed_with_its_successor(volume, keys, tmp_path, redirected):
+    root = folder(tmp_path, {"vocab.txt": TEXT})
+    successor = TEXT[::-1]
+    replacing = threading.Lock()
+
+    class Store(Unchecked):
+        def route(self, path, query):
+            host = self.headers["Host"]
+            if redirected and self.command == "GET" and path.endswith("vocab.txt") and "127.0.0.1" in host:
+                self.send_text(307, "", {"Location": f"http://{host.replace('127.0.0.1', 'localhost')}{self.path}"})
+                return
+            super().route(path, query)
+
+        def send_file(self, source, headers):
+            super().send_file(source, headers)
+            if self.command == "GET" and replacing.acquire(blocking=False):
+                (root / "new").write_bytes(successor)
+                (root / "new").rename(root / "vocab.txt")
+
+    with serve(Store, root=root) as (store, _):
+        fetch(store.url, volume, keys, repo="s3://models", fetch={"concurrency": 1})
+    assert contents(volume, "model")["vocab.txt"] == successor
+
+
+def test_what_is_encrypted_with_a_customers_key_is_said(volume, keys, tmp_path):
+    """S3 refuses whoever asks for it without the key, by a 400; HEAD has no body that could say why."""
+
+    class Store(S3Handler):
+        def route(self, path, query):
+            if path.endswith("config.json"):
+                self.send_text(400, "")
+            else:
+                super().route(path, query)
+
+    with serve(Store, root=folder(tmp_path, {"config.json": b"{}"})) as (store, _):
+        error = fails(store.url, volume, keys, repo="s3://models")
+    assert error.reason is Reason.INVALID_SOURCE
+    assert "config.json" in str(error)
+    assert "SSE-C" in str(error)
+    assert "ignorePatterns" in str(error)
 
 
 def test_versioned_buckets_give_the_newest_version(server, s3, volume, keys):
@@ -207,6 +310,28 @@ def test_versioned_buckets_give_the_newest_version(server, s3, volume, keys):
         s3.put_object(Bucket="models", Key="bert/config.json", Body=content)
     fetch(server, volume, keys)
     assert contents(volume, "model") == {"config.json": b"new"}
+
+
+@pytest.mark.parametrize("change", ["put_object", "delete_object"])
+def test_in_a_versioned_bucket_the_planned_version_is_fetched_whatever_comes_after_it(
+    server, bucket, volume, keys, monkeypatch, change
+):
+    from modelcache_fetcher.sources.s3 import S3Source
+
+    bucket.put_bucket_versioning(Bucket="models", VersioningConfiguration={"Status": "Enabled"})
+    bucket.put_object(Bucket="models", Key="bert/config.json", Body=b"[0]")
+    real = S3Source.examine
+
+    def examine_then_change(self, file):
+        examined = real(self, file)
+        if file.path == "config.json":
+            more = {"Body": b"[1]"} if change == "put_object" else {}
+            getattr(bucket, change)(Bucket="models", Key="bert/config.json", **more)
+        return examined
+
+    monkeypatch.setattr(S3Source, "examine", examine_then_change)
+    fetch(server, volume, keys)
+    assert contents(volume, "model") == {**FILES, "config.json": b"[0]"}
 
 
 def test_only_a_changed_object_is_fetched_again(server, bucket, volume, keys):

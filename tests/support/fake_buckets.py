@@ -43,7 +43,7 @@ class S3Handler(_BucketHandler):
         if not key:
             prefix = parse_qs(query).get("prefix", [""])[0]
             items = "".join(
-                f"<Contents><Key>{escape(name)}</Key><Size>{file.stat().st_size}</Size><ETag>&quot;{_etag(file)}&quot;"
+                f"<Contents><Key>{escape(name)}</Key><Size>{file.stat().st_size}</Size><ETag>&quot;{self.etag(file)}&quot;"
                 "</ETag><LastModified>2024-01-01T00:00:00.000Z</LastModified></Contents>"
                 for name, file in self.files(prefix)
             )
@@ -53,12 +53,20 @@ class S3Handler(_BucketHandler):
         if file is None:
             self.send_text(404, "<Error><Code>NoSuchKey</Code></Error>")
             return
-        headers = {"ETag": f'"{_etag(file)}"', "Last-Modified": _MODIFIED}
+        etag = f'"{self.etag(file)}"'
+        if self.headers.get("If-Match", etag) != etag:
+            self.send_text(412, "<Error><Code>PreconditionFailed</Code></Error>")
+            return
+        headers = {"ETag": etag, "Last-Modified": _MODIFIED}
         if self.command == "HEAD":
-            headers |= self.checksum(file)
+            headers |= self.stated(file)
         self.send_file(file, headers)
 
-    def checksum(self, file: Path) -> dict[str, str]:
+    def etag(self, file: Path) -> str:
+        """That of an object uploaded in parts; changes with the file."""
+        return f"{file.stat().st_mtime_ns:032x}-2"
+
+    def stated(self, file: Path) -> dict[str, str]:
         """What HeadObject states beside the ETag."""
         crc = _crc32c(file, file.stat().st_mtime_ns)
         return {"x-amz-checksum-crc32c": crc, "x-amz-checksum-type": "FULL_OBJECT"}
@@ -87,10 +95,6 @@ class GcsHandler(_BucketHandler):
         status = file.stat()
         crc = _crc32c(file, status.st_mtime_ns)
         return {"name": name, "bucket": "b", "size": str(status.st_size), "generation": "1", "crc32c": crc}
-
-
-def _etag(file: Path) -> str:
-    return f"{file.stat().st_mtime_ns:032x}-2"
 
 
 @functools.cache

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 MAX_COMPONENT_BYTES = 255
 MAX_PATH_BYTES = 1024
 
+_DIRECTIONS = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
+"""Bidirectional classes (Unicode Standard Annex 9) of characters that make a name look like another one."""
 _DRIVE = re.compile(r"[A-Za-z]:")
 
 
@@ -27,8 +29,9 @@ def validate_path(path: str) -> str:
         The same path.
 
     Raises:
-        InvalidPath: It is empty or absolute; has an empty, "." or ".." component, a backslash, a control character or a
-            drive letter; is not UTF-8; or is longer than 1024 bytes (a component: 255).
+        InvalidPath: It is empty or absolute; has an empty, "." or ".." component, a backslash, a control character, one
+            that ends a line or changes the direction of text, or a drive letter; is not UTF-8; or is longer than 1024
+            bytes (a component: 255).
     """
     problem = _problem(path)
     if problem:
@@ -73,7 +76,10 @@ def _problem(path: str) -> str:
         "its name is empty": not path,
         f"its name has more than {MAX_PATH_BYTES} bytes": len(encoded) > MAX_PATH_BYTES,
         "it contains a backslash": "\\" in path,
-        "it contains a control character": any(unicodedata.category(character) == "Cc" for character in path),
+        "it contains a control character": any(
+            unicodedata.category(character) in {"Cc", "Zl", "Zp"} or unicodedata.bidirectional(character) in _DIRECTIONS
+            for character in path
+        ),
         "it is an absolute path": path.startswith("/"),
         "it starts with a drive letter": bool(_DRIVE.match(path)),
     }

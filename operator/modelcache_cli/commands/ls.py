@@ -8,7 +8,7 @@ from modelcache_api.quantities import format_bytes
 from modelcache_api.reasons import Reason
 from modelcache_cli.command import Command
 from modelcache_cli.options import VOLUME_ENVIRONMENT, add_json, add_volume, volume_root
-from modelcache_cli.output import print_json, print_table, printable, say
+from modelcache_cli.output import print_json, print_table, say
 
 if TYPE_CHECKING:
     from modelcache_volume import Snapshot
@@ -39,7 +39,7 @@ def _run(arguments: argparse.Namespace) -> int:
     else:
         _print(rows)
         for problem in damaged:
-            say(f"modelcache: {printable(problem.what)}")
+            say(f"modelcache: {problem.what}")
         if not rows:
             say(f"{volume.root} holds no snapshot yet")
     return 0

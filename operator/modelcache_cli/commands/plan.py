@@ -7,7 +7,7 @@ from modelcache_api.quantities import format_bytes
 from modelcache_cli.command import Command
 from modelcache_cli.fetching import FETCH_REASONS, fetch_options
 from modelcache_cli.options import add_json, add_manifest
-from modelcache_cli.output import print_json, print_table, printable
+from modelcache_cli.output import emit, print_json, print_table, printable
 
 if TYPE_CHECKING:
     from modelcache_fetcher import Plan
@@ -36,11 +36,11 @@ def _print(plan: "Plan") -> None:
     rows += [("-", format_bytes(file.size), file.path, file.why) for file in plan.skipped]
     print_table(("", "size", "path", "why"), rows, right=(1,))
     left_out = sum(file.size for file in plan.skipped)
-    print()
-    print(f"source    {printable(plan.repo_id)}" + (f" at {plan.endpoint}" if plan.endpoint else ""))
-    print(f"revision  {plan.requested + ' = ' if plan.requested else ''}{plan.commit}")
-    print(f"fetched   {len(plan.files)} files, {format_bytes(plan.total_bytes)}")
-    print(f"left out  {len(plan.skipped)} files, {format_bytes(left_out)}")
+    emit()
+    emit(f"source    {printable(plan.repo_id)}" + (f" at {plan.endpoint}" if plan.endpoint else ""))
+    emit(f"revision  {plan.requested + ' = ' if plan.requested else ''}{plan.commit}")
+    emit(f"fetched   {len(plan.files)} files, {format_bytes(plan.total_bytes)}")
+    emit(f"left out  {len(plan.skipped)} files, {format_bytes(left_out)}")
 
 
 COMMAND = Command(

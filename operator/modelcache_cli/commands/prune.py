@@ -8,7 +8,7 @@ from modelcache_api.reasons import Reason
 from modelcache_cli.command import Command
 from modelcache_cli.lookup import snapshots_of
 from modelcache_cli.options import VOLUME_ENVIRONMENT, add_volume, digest_prefix, volume_root
-from modelcache_cli.output import printable, say
+from modelcache_cli.output import emit, say
 
 if TYPE_CHECKING:
     from modelcache_volume import Volume
@@ -39,7 +39,7 @@ def _run(arguments: argparse.Namespace) -> int:
             pruned = writer.prune(keep=keep)
         digests, size = list(pruned.digests), pruned.bytes
     for digest in digests:
-        print(digest)
+        emit(digest)
     did = "would be removed" if arguments.dry_run else "removed"
     say(f"{len(digests)} snapshots {did}, {format_bytes(size)} freed")
     return 0
@@ -60,7 +60,7 @@ def _unneeded(volume: "Volume", keep: set[str]) -> tuple[list[str], int]:
         else:
             digests.add(snapshot.digest)
             going |= blobs
-            say(f"{snapshot.digest[:12]} {printable(snapshot.manifest.source.repo_id)}")
+            say(f"{snapshot.digest[:12]} {snapshot.manifest.source.repo_id}")
     return sorted(digests), sum(size for blob, size in going.items() if blob not in staying)
 
 

@@ -50,7 +50,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if not arguments.no_verify and (damage := _damage(volume, active)):
         if spec.suspend:
             raise CommandError(Reason.CORRUPT_BLOB, damage)
-        say(damage)
+        for line in damage.splitlines():
+            say(line)
         fetch(arguments, model, root, verify=True)
         active = volume.active(name)
     if not spec.server.replicas:

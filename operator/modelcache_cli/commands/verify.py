@@ -8,7 +8,7 @@ from modelcache_api.reasons import REASONS, Reason
 from modelcache_cli.command import Command
 from modelcache_cli.lookup import snapshots_of
 from modelcache_cli.options import VOLUME_ENVIRONMENT, add_volume, digest_prefix, volume_root
-from modelcache_cli.output import ByteCounter, ProgressDisplay, printable, say
+from modelcache_cli.output import ByteCounter, ProgressDisplay, say
 
 if TYPE_CHECKING:
     from modelcache_volume import Problem, Snapshot
@@ -47,10 +47,10 @@ def _run(arguments: argparse.Namespace) -> int:
         damaged += problems
         size = format_bytes(sum(file.size for file in snapshot.manifest.files))
         what = f"{len(problems)} damaged" if problems else "whole"
-        source = printable(snapshot.manifest.source.repo_id)
+        source = snapshot.manifest.source.repo_id
         say(f"{snapshot.digest[:12]} {source}: {len(snapshot.manifest.files)} files, {size}: {what}")
     for problem in damaged:
-        say(f"modelcache: {printable(problem.what)}")
+        say(f"modelcache: {problem.what}")
     return REASONS[Reason.CORRUPT_BLOB].exit_code if damaged else 0
 
 

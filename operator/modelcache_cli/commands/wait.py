@@ -9,7 +9,7 @@ from modelcache_api.reasons import Reason
 from modelcache_cli.command import Command
 from modelcache_cli.failures import CommandError, UsageError
 from modelcache_cli.options import ADDRESS_VARIABLE, DEFAULT_GRPC_PORT, default_address, digest_prefix, duration
-from modelcache_cli.output import printable, say
+from modelcache_cli.output import emit, say
 
 if TYPE_CHECKING:
     from modelcache_volume.v1.manifest_pb2 import Active
@@ -56,8 +56,8 @@ def _run(arguments: argparse.Namespace) -> int:
     deadline = time.monotonic() + arguments.timeout
     with grpc.insecure_channel(f"dns:///{target}", options=(("grpc.max_reconnect_backoff_ms", 2000),)) as channel:
         active = _wait(WeightsStub(channel), target, arguments, deadline)
-    say(f"{target} serves {printable(active.name)}: {printable(active.requested or active.commit)}")
-    print(active.digest)
+    say(f"{target} serves {active.name}: {active.requested or active.commit}")
+    emit(active.digest)
     return 0
 
 
@@ -103,7 +103,7 @@ def _ask(stub: "WeightsStub", target: str, remaining: float) -> "Active | str":
     try:
         answer = stub.GetRevision(GetRevisionRequest(), timeout=min(_CALL_SECONDS, remaining))
     except grpc.RpcError as error:
-        details = printable(str(error.details() or ""))[:300]
+        details = str(error.details() or "")[:300]
         match error.code():
             case grpc.StatusCode.NOT_FOUND:
                 return f"{target} answers, but has no model yet: {details or 'nothing is active'}"
@@ -124,8 +124,8 @@ def _lack(active: "Active", arguments: argparse.Namespace, target: str) -> str |
     if wanted is not None and active.requested != wanted:
         by_commit = _COMMIT_PREFIX.fullmatch(wanted) and active.commit.startswith(wanted)
         if not by_commit:
-            branch = f"{printable(active.requested)} = " if active.requested else ""
-            return f"{target} still serves the revision {branch}{active.commit[:12]}, not {printable(wanted)}"
+            branch = f"{active.requested} = " if active.requested else ""
+            return f"{target} still serves the revision {branch}{active.commit[:12]}, not {wanted}"
     if arguments.digest is not None and not active.digest.startswith(arguments.digest):
         return f"{target} still serves the digest {active.digest[:12]}, not {arguments.digest[:12]}"
     return None

@@ -97,8 +97,17 @@ class S3Source:
         try:
             head = self._client().head_object(Bucket=self._bucket, Key=key, ChecksumMode="ENABLED")
         except (BotoCoreError, ClientError) as error:
-            if isinstance(error, ClientError) and error.response.get("Error", {}).get("Code") in _MISSING:
+            code = error.response.get("Error", {}).get("Code") if isinstance(error, ClientError) else None
+            if code in _MISSING:
                 raise SourceChangedError(file.path, f"{file.path} is no longer in the bucket.") from None
+            if code == "400":  # an answer to HEAD has no body that could say more
+                raise FetchError(
+                    Reason.INVALID_SOURCE,
+                    f"{self._endpoint or 'S3'} refuses to give out {file.path} (400): it is probably encrypted with a "
+                    "customer's key (SSE-C), which is not supported. Copy the object to one that S3 or KMS encrypts, "
+                    "or leave it out with ignorePatterns.",
+                    path=file.path,
+                ) from None
             raise self._explain(error, f"reading s3://{self._bucket}/{key}") from None
         if head["ETag"].strip('"') != file.etag or head["ContentLength"] != file.size:
             raise SourceChangedError(file.path, f"{file.path} was replaced in the bucket.")

@@ -6,13 +6,15 @@ import json
 import pytest
 
 from modelcache_cli.options import cache_size, default_volume, digest_prefix, duration, port_number, whole_blocks
-from modelcache_cli.output import ByteCounter, ProgressDisplay, print_table, printable
+from modelcache_cli.output import ByteCounter, ProgressDisplay, print_table, printable, say
 
 MIB = 2**20
 
 
 def test_control_characters_of_foreign_names_are_shown_not_obeyed(capsys):
-    assert printable("a\x1b[31mb\n\u202ec") == "a\\x1b[31mb\\x0a\\x202ec"
+    assert printable("a\x1b[31mb\n\u202ec") == "a\\x1b[31mb\\n\\u202ec"
+    say("a\x1b[31mb\n")
+    assert capsys.readouterr().err == "a\\x1b[31mb\\n\n"
     print_table(("name", "size"), [("\x1b]0;x", "1"), ("b", "22")], right=(1,))
     assert capsys.readouterr().out == "NAME      SIZE\n\\x1b]0;x     1\nb           22\n"
 

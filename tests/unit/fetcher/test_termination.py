@@ -48,4 +48,5 @@ def test_a_result_names_what_was_published():
         "bytes": 100,
         "downloadedBytes": 40,
         "generation": 2,
+        "replaced": "",
     }

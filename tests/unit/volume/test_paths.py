@@ -3,7 +3,10 @@ import pytest
 from modelcache_volume import InvalidPath, refuse_clashes, validate_path
 
 
-@pytest.mark.parametrize("path", ["config.json", "a/b/c.txt", "…/ü", ".gitattributes", "a..b", "-x", "ab:c", "x" * 255])
+@pytest.mark.parametrize(
+    "path",
+    ["config.json", "a/b/c.txt", "…/ü", "שלום/مرحبا", "👩\u200d💻", ".gitattributes", "a..b", "-x", "ab:c", "x" * 255],
+)
 def test_ordinary_paths_pass_unchanged(path):
     assert validate_path(path) == path
 
@@ -23,6 +26,9 @@ def test_ordinary_paths_pass_unchanged(path):
         ("a\nb", "control"),
         ("a\x7fb", "control"),
         ("a\x85b", "control"),
+        ("a\u202egnp.exe", "control"),
+        ("a\u2067b", "control"),
+        ("a\u2028b", "control"),
         ("C:/x", "drive"),
         ("c:x", "drive"),
         ("x" * 256, "255"),
