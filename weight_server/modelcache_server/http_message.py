@@ -54,6 +54,8 @@ class Request:
         Raises:
             RequestError: INVALID_REQUEST for a bad escape, bytes that are no UTF-8, or control characters.
         """
+        if "%" not in self.path:  # only an escape can hide what a target must not have
+            return self.path.split("/")[1:]
         if _BAD_ESCAPE.search(self.path):
             raise RequestError(Reason.INVALID_REQUEST, "The path has a % that is no escape.")
         decoded = []

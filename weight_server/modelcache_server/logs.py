@@ -106,6 +106,8 @@ def configure(level: str, kind: LogFormat) -> None:
         level: such as "info".
         kind: "json" or "text".
     """
+    # What no line says is not found out for each: https://docs.python.org/3/howto/logging.html#optimization.
+    vars(logging).update(_srcfile=None, logThreads=False, logProcesses=False, logMultiprocessing=False)
     handler = _BatchedHandler(sys.stderr)
     handler.setFormatter(_Formatter(kind))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
