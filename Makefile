@@ -35,14 +35,17 @@ run: setup ## Fetch, verify, serve and stream a real model on this machine, then
 	$(BIN)/python examples/run_minilm.py
 
 .PHONY: check
-check: setup ## Format, lint, types, walls, generated files, unit tests (under 2 minutes)
+check: lint ## Format, lint, types, walls, generated files, unit tests (under 2 minutes)
+	$(BIN)/python -m pytest -q tests/unit -m 'not slow'
+
+.PHONY: lint
+lint: setup
 	ruff format --check .
 	ruff check .
 	mypy
 	lint-imports --no-logo
 	tests/support/generate_stubs --check weight_server
 	$(BIN)/python -m modelcache_api.crd --check crds/modelcaches.yaml helm/modelcache/files/modelcaches.yaml
-	$(BIN)/python -m pytest -q tests/unit -m 'not slow'
 
 .PHONY: format
 format: setup ## Rewrite the code in the project's format
@@ -59,18 +62,16 @@ proto: ## Generate the protobuf stubs
 
 .PHONY: test
 test: system cluster-packages ## Everything once: checks, unit and integration tests with real servers, and on a real Kubernetes
-	$(MAKE) --jobs=2 tested built
-	$(MAKE) e2e SELECT='not slow'
+	$(MAKE) --jobs=2 --output-sync=line tested e2e SELECT='not slow'
 
-# Beside each other: the tests leave a core idle for most of their time.
-.PHONY: tested built
-tested: check
+# Beside the cluster's tests: both leave a core idle for most of their time. The chart's tests come last, since they
+# need helm, which the others build on a fresh machine.
+.PHONY: tested
+tested: lint
+	$(BIN)/python -m pytest -q tests/unit -m 'not slow' --ignore=tests/unit/helm
 	$(BIN)/python -m pytest tests/integration -m 'not slow'
-
-built: setup
-ifndef KUBECONFIG
-	PYTHONPATH=tests $(BIN)/python -m cluster build
-endif
+	PYTHONPATH=tests $(BIN)/python -m cluster build helm
+	$(BIN)/python -m pytest -q tests/unit/helm
 
 .PHONY: test-all
 test-all: test ## Also soaks, fuzzing, kill matrices and every fault on the cluster

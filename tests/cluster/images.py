@@ -23,7 +23,7 @@ from cluster.node import ClusterError, exclusive
 from cluster.programs import CONSIDERATELY, cache_root, cached, content_hash, kubernetes_programs
 
 REPOSITORY = Path(__file__).parents[2]
-BASE_PACKAGES = ("ca-certificates", "python3", "python3-venv")
+BASE_PACKAGES = ("ca-certificates", "curl", "python3", "python3-venv")
 # What a container never reads, a third of the base.
 UNREAD = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*")
 # As .dockerignore has it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -34,6 +35,14 @@ class Kubectl:
 
     def within(self, namespace: str) -> Kubectl:
         return replace(self, namespace=namespace)
+
+    def new_namespace(self, readable: str) -> Kubectl:
+        """Creates a namespace whose name begins so; returns kubectl within it, once pods can be made there."""
+        name = f"{readable}-{uuid.uuid4().hex[:6]}"
+        self("create", "namespace", name)
+        within = self.within(name)
+        within.wait_for("serviceaccount", "default", lambda _: True)
+        return within
 
     def impersonating(self, user: str) -> Kubectl:
         """The same as another user, such as system:serviceaccount:NAMESPACE:NAME."""

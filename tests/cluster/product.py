@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from cluster.kubectl import Kubectl, Resource, condition
 from cluster.node import wait_until
@@ -18,6 +19,9 @@ TESTS = Path(__file__).parents[1]
 CHART = TESTS.parent / "helm/modelcache"
 SYSTEM = "modelcache-system"
 MODELS = "modelcaches.modelcache.io"
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+AUDIENCE = "modelcache.io"
+HUB = "http://hub.hub.svc:8000"
 
 
 def run_helm(kubectl: Kubectl, *arguments: str) -> str:
@@ -36,7 +40,7 @@ def install(kubectl: Kubectl, image: str, *arguments: str) -> None:
         f"--set=image.repository={repository}", f"--set-string=image.tag={tag}", "--wait", "--timeout=120s",
         # what is tried again after five minutes, in some seconds; and many ModelCaches of one hub beside each other
         "--set-string=operator.env[0].name=MODELCACHE_RETRY_SECONDS,operator.env[0].value=15",
-        "--set=operator.maxFetchesPerHost=20,operator.maxFetches=20", *arguments,
+        "--set=operator.maxFetchesPerHost=20,operator.maxFetches=20", f"--set=defaults.endpoint={HUB}", *arguments,
     )  # fmt: skip
 
 
@@ -71,8 +75,7 @@ class Hub:
 
     def __init__(self, kubectl: Kubectl, image: str) -> None:
         self.kubectl = kubectl
-        host = f"hub.{kubectl.namespace}.svc"
-        self.url = f"http://{host}:8000"
+        self.url = HUB
         files = {
             "fake_hub.py": TESTS / "support/fake_hub.py",
             "sendfile_server.py": TESTS / "support/sendfile_server.py",
@@ -80,7 +83,7 @@ class Hub:
         }
         code = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "hub"}, "data": {}}
         code["data"] = {name: path.read_text() for name, path in files.items()}
-        main = container(image, "python3", "/app/hub_pod.py", env=[{"name": "HOST", "value": host}])
+        main = container(image, "python3", "/app/hub_pod.py", env=[{"name": "HOST", "value": urlsplit(HUB).hostname}])
         spec = pod_spec(main)
         items = [{"key": n, "path": n if n == "hub_pod.py" else f"support/{n}"} for n in files]
         spec["volumes"] = [
@@ -204,11 +207,40 @@ def reader(image: str, name: str, script: str, *arguments: str, **env: str) -> R
     return pod(name, spec)
 
 
+def as_account(made: Resource, account: str) -> Resource:
+    """A pod of `reader` as one of a ServiceAccount, with its token for weight servers in /var/run/modelcache/token."""
+    spec = made["spec"]
+    projected = {"serviceAccountToken": {"path": "token", "audience": AUDIENCE, "expirationSeconds": 600}}
+    spec["serviceAccountName"] = account
+    spec["volumes"].append({"name": "token", "projected": {"sources": [projected]}})
+    spec["containers"][0]["volumeMounts"].append({"name": "token", "mountPath": "/var/run/modelcache"})
+    return made
+
+
+def with_volume(made: Resource, name: str) -> Resource:
+    """A pod of `reader` with the volume of a ModelCache at /volume, read-only."""
+    spec = made["spec"]
+    claim = {"claimName": f"{name}-weights", "readOnly": True}
+    spec["volumes"].append({"name": "volume", "persistentVolumeClaim": claim})
+    spec["containers"][0]["volumeMounts"].append({"name": "volume", "mountPath": "/volume", "readOnly": True})
+    return made
+
+
 def printed_by(namespace: Kubectl, made: Resource, seconds: float = 120) -> str:
     """Run a pod of `reader` to its end and return what it printed; it must succeed."""
-    name = made["metadata"]["name"]
-    namespace.delete("pod", name)
-    namespace.apply(made)
+    return printed_by_all(namespace, made, seconds=seconds)[0]
+
+
+def printed_by_all(namespace: Kubectl, *made: Resource, seconds: float = 120) -> list[str]:
+    """As `printed_by`, pods beside each other."""
+    for one in made:
+        namespace.delete("pod", one["metadata"]["name"])
+    namespace.apply(*made)
+    return [log_of_ended(namespace, one["metadata"]["name"], seconds) for one in made]
+
+
+def log_of_ended(namespace: Kubectl, name: str, seconds: float = 120) -> str:
+    """What a pod printed, once it has ended; it must succeed."""
     ended = namespace.wait_for("pod", name, lambda p: p["status"]["phase"] in {"Succeeded", "Failed"}, seconds=seconds)
     printed = namespace("logs", name)
     assert ended["status"]["phase"] == "Succeeded", printed

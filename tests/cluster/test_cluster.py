@@ -17,6 +17,8 @@ from cluster.machine import MachineCluster
 from cluster.node import NODE_NAME, ended, wait_until
 from cluster.workloads import claim, container, deployment, job, pod, pod_spec, service
 
+# What the product's own tests need of a cluster, they show too.
+pytestmark = pytest.mark.slow
 MIB = 1 << 20
 SLEEP = ("sleep", "infinity")
 FILL = """
@@ -222,7 +224,6 @@ def test_the_class_sized_refuses_read_write_many(namespace: Kubectl, python_imag
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "component", ["kube-apiserver", "kubelet", "containerd", "kube-controller-manager", "volume-provisioner"]
 )
@@ -253,20 +254,6 @@ def test_a_frozen_api_server_answers_nobody_and_then_goes_on(
     with machine_cluster.frozen("kube-apiserver"), pytest.raises(KubectlError):
         namespace("get", "pods", "--request-timeout=2s")
     assert namespace.list("pods") == []
-
-
-def test_the_runtime_image_has_the_product_and_no_torch(namespace: Kubectl, runtime_image: str) -> None:
-    check = "import importlib.util, modelcache_volume, modelcache_server; print(importlib.util.find_spec('torch'))"
-    namespace.apply(job("check", pod_spec(container(runtime_image, "python3", "-c", check))))
-    namespace.wait_for("job", "check", has_condition("Complete"))
-    assert namespace("logs", "job/check") == "None\n"
-
-
-def test_the_client_image_streams_with_torch(namespace: Kubectl, client_image: str) -> None:
-    check = "import modelcache, torch, transformers; print(torch.cuda.is_available())"
-    namespace.apply(job("check", pod_spec(container(client_image, "python3", "-c", check))))
-    namespace.wait_for("job", "check", has_condition("Complete"), seconds=120)
-    assert namespace("logs", "job/check") == "False\n"
 
 
 STARTER = """
@@ -304,7 +291,7 @@ def traces() -> dict[str, set[str]]:
     }
 
 
-@pytest.mark.parametrize("end", [pytest.param("stopped", marks=pytest.mark.slow), "starter killed"])
+@pytest.mark.parametrize("end", ["stopped", "starter killed"])
 def test_nothing_is_left_of_a_second_cluster_beside_the_first(
     end: str, machine_cluster: MachineCluster, kubectl: Kubectl, tmp_path: Path
 ) -> None:

@@ -7,7 +7,7 @@ import jwt
 import pytest
 
 from cluster.kubectl import KubectlError
-from cluster.product import SYSTEM, Model, printed_by, reader
+from cluster.product import AUDIENCE, SYSTEM, as_account, log_of_ended, printed_by_all, reader
 
 # Tries both lanes with the token of a file, or that of the first argument after the host.
 TRIES = """
@@ -15,7 +15,7 @@ import json, sys, urllib.error, urllib.request, grpc
 from modelcache_wire.v1 import weights_pb2, weights_pb2_grpc
 host, digest, *given = sys.argv[1:]
 said = {}
-for name, token in [("own", open("/var/run/tokens/token").read()), *zip(given[::2], given[1::2])]:
+for name, token in [("own", open("/var/run/modelcache/token").read()), *zip(given[::2], given[1::2])]:
     bearer = f"Bearer {token}"
     request = urllib.request.Request(
         f"http://{host}:8080/v1/snapshots/{digest}/config.json", headers={"Authorization": bearer} if token else {}
@@ -47,7 +47,6 @@ print(json.dumps(said))
 LETS_IN = [200, "OK", "OK", "OK"]
 UNKNOWN = [401, "UNAUTHENTICATED", "UNAUTHENTICATED", "UNAUTHENTICATED"]
 FORBIDDEN = [403, "PERMISSION_DENIED", "PERMISSION_DENIED", "PERMISSION_DENIED"]
-AUDIENCE = "modelcache.io"
 
 
 def test_the_operators_account_reads_no_secret_and_no_log(installed, kubectl):
@@ -59,31 +58,19 @@ def test_the_operators_account_reads_no_secret_and_no_log(installed, kubectl):
         assert not refusal.value.stderr.strip()
 
 
-def attacker(image, name, account, host, digest, **tokens):
+def attacker(image, account, host, digest, **tokens):
     """A pod of an account, with its own token for the right audience, that tries other tokens too."""
-    pod = reader(image, name, TRIES, host, digest, *(part for pair in tokens.items() for part in pair))
-    projected = {"serviceAccountToken": {"path": "token", "audience": AUDIENCE, "expirationSeconds": 600}}
-    pod["spec"]["serviceAccountName"] = account
-    pod["spec"]["volumes"].append({"name": "token", "projected": {"sources": [projected]}})
-    pod["spec"]["containers"][0]["volumeMounts"].append({"name": "token", "mountPath": "/var/run/tokens"})
-    return pod
+    tried = (part for pair in tokens.items() for part in pair)
+    return as_account(reader(image, f"tries-{account}", TRIES, host, digest, *tried), account)
 
 
-def test_only_the_accounts_named_with_the_right_token_read_on_either_lane(
-    installed, hub, namespace, kubectl, machine_cluster
-):
-    hub.commit(1, repo="org/small", megabytes=1)
-    for account in ("friend", "stranger"):
-        namespace("create", "serviceaccount", account)
+def test_only_the_accounts_named_with_the_right_token_read_on_either_lane(installed, guarded, kubectl, machine_cluster):
+    namespace, digest = guarded.kubectl, guarded.get()["status"]["digest"]
+    host = f"guarded-weights.{namespace.namespace}.svc"
     elsewhere = kubectl.within(f"{namespace.namespace}-b")
     kubectl("create", "namespace", elsewhere.namespace)
     try:
         elsewhere("create", "serviceaccount", "friend")
-        access = {"mode": "Token", "serviceAccounts": [{"name": "friend"}]}
-        model = Model(namespace, hub, repoId="org/small", server={"access": access})
-        digest = model.wait()["status"]["digest"]
-        host = f"bert-weights.{namespace.namespace}.svc"
-
         other = namespace("create", "token", "friend", "--audience=https://kubernetes.default.svc").strip()
         right = namespace("create", "token", "friend", f"--audience={AUDIENCE}").strip()
         claims = jwt.decode(right, options={"verify_signature": False})
@@ -99,20 +86,19 @@ def test_only_the_accounts_named_with_the_right_token_read_on_either_lane(
         # what proves that only the time is wrong with the expired one
         renewed = signed(key, exp=now + 500, **fresh)
         friend = attacker(
-            installed, "friend", "friend", host, digest,
+            installed, "friend", host, digest,
             none="", audience=other, expired=expired, renewed=renewed, tampered=right[:-8] + "AAAAAAAA",
         )  # fmt: skip
-        said = json.loads(printed_by(namespace, friend))
-        assert said == {
+        elsewhere.apply(attacker(installed, "friend", host, digest))
+        said, of_stranger = printed_by_all(namespace, friend, attacker(installed, "stranger", host, digest))
+        assert json.loads(said) == {
             "own": LETS_IN, "none": UNKNOWN, "audience": UNKNOWN, "expired": UNKNOWN, "renewed": LETS_IN,
             "tampered": UNKNOWN,
         }  # fmt: skip
-        said = printed_by(namespace, attacker(installed, "stranger", "stranger", host, digest))
-        assert json.loads(said) == {"own": FORBIDDEN}
-        said = printed_by(elsewhere, attacker(installed, "friend", "friend", host, digest))
-        assert json.loads(said) == {"own": FORBIDDEN}
+        assert json.loads(of_stranger) == {"own": FORBIDDEN}
+        assert json.loads(log_of_ended(elsewhere, "tries-friend")) == {"own": FORBIDDEN}
 
-        for part in namespace.list("pods", "modelcache.io/name=bert"):
+        for part in namespace.list("pods", "modelcache.io/name=guarded"):
             assert part["spec"]["automountServiceAccountToken"] is False
             assert not any("serviceAccountToken" in str(volume) for volume in part["spec"]["volumes"])
         running = namespace.list("pods", "modelcache.io/component=server")[0]["metadata"]["name"]

