@@ -14,6 +14,7 @@ from urllib.parse import quote
 import pytest
 from safetensors.torch import load
 
+from modelcache_server import TlsSettings
 from support.cli import SMALL, make_folder, serving, write_manifest
 from support.hub_load import ask_at_once
 from support.hub_world import NAME, REPO, hub_files, hub_world
@@ -21,6 +22,7 @@ from support.library_versions import NEWEST, interpreter
 from support.models import TINY, BertFiles, minilm, save_bert
 from support.processes import REPOSITORY
 from support.proxies import HttpFront
+from support.server_security import write_certificate
 from support.server_volume import Running, make_volume, random_bytes, running, wait_until
 
 EXAMPLES = REPOSITORY / "examples" / "hub"
@@ -132,6 +134,25 @@ def test_the_curl_example(small, tmp_path):
     assert {entry["path"] for entry in json.loads(listing)} >= set(FILES)
     assert int(header) == int.from_bytes(content[:8], "little")
     assert digest.split() == [hashlib.sha256(content).hexdigest(), "model.safetensors"]
+
+
+def test_https_with_an_authority_of_its_own(small, tmp_path):
+    root = small[0].server.settings.root
+    certificate, key = write_certificate(tmp_path)
+    trusts = {"SSL_CERT_FILE": str(certificate), "REQUESTS_CA_BUNDLE": str(certificate)}
+    with running(root, name=NAME, tls=TlsSettings(certificate, key)) as server:
+        endpoint = f"https://127.0.0.1:{server.addresses.http}"
+        done = run(endpoint, ["hf", "download", REPO, "--local-dir", "model"], tmp_path, **trusts)
+        assert done.returncode == 0, done.stdout + done.stderr
+        url = f"{endpoint}/{REPO}/resolve/main/config.json"
+        read = subprocess.run([*CURL, "--cacert", certificate, url], capture_output=True, check=True, timeout=60)
+        assert read.stdout == FILES["config.json"]
+        refused = run(endpoint, ["hf", "download", REPO, "--local-dir", "nothing"], tmp_path)
+        assert refused.returncode != 0
+        assert "CERTIFICATE_VERIFY_FAILED" in refused.stdout + refused.stderr
+    for path, content in FILES.items():
+        assert (tmp_path / "model" / path).read_bytes() == content
+    assert not (tmp_path / "nothing" / "config.json").exists()
 
 
 CURL = ("curl", "--silent", "--show-error", "--fail")

@@ -311,7 +311,10 @@ def test_a_requested_tag_a_name_with_slashes_and_main_are_the_same(tmp_path):
                 assert server.ask(f"/{REPO}/resolve/{ref}/onnx/model.onnx").body == OLD["onnx/model.onnx"]
                 assert len(answer_json(server, f"{API}/tree/{ref}/onnx")) == 1
                 assert answer_json(server, f"{API}/revision/{ref}")["sha"] == sha
-                assert {each["name"] for each in answer_json(server, f"{API}/refs")["branches"]} == {"main", ref}
+                refs = answer_json(server, f"{API}/refs")
+                own = {"name": ref, "ref": ref if ref == "refs/pr/7" else f"refs/heads/{ref}", "targetCommit": sha}
+                assert own in refs["pullRequests" if ref == "refs/pr/7" else "branches"]
+                assert [each["name"] for each in refs["branches"]] == ["main", *({ref} - {"refs/pr/7"})]
                 other = {"v1.0": "refs/pr/7", "refs/pr/7": "v1.0"}[ref]
                 assert resolve(server, "config.json", other).status == 404
 

@@ -132,14 +132,15 @@ class HubRoutes:
         return self._json(entries, revision)
 
     def _refs(self, repo: str) -> Reply:
-        branches = []
+        refs: dict[str, list[dict[str, str]]] = {"branches": [], "tags": [], "converts": [], "pullRequests": []}
         active = self._revisions.active_ref(repo)
         if active is not None:
             requested, commit = active
-            # Whether it is a branch or a tag is not known here; a commit is neither.
-            names = dict.fromkeys(name for name in (ACTIVE_REFS[0], requested) if name and name != commit)
-            branches = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": commit} for name in names]
-        return self._json({"branches": branches, "tags": [], "converts": [], "pullRequests": []}, None)
+            # A commit is no ref.
+            for name in dict.fromkeys(name for name in (ACTIVE_REFS[0], requested) if name and name != commit):
+                kind, ref = _kind_of_ref(name)
+                refs[kind].append({"name": name, "ref": ref, "targetCommit": commit})
+        return self._json(refs, None)
 
     def _json(self, value: Any, revision: HubRevision | None) -> Reply:
         headers = (
@@ -153,6 +154,17 @@ class HubRoutes:
         immutable = revision is not None and revision.pinned
         how = "max-age=31536000, immutable" if immutable else "no-cache"
         return "Cache-Control", f"{self._scope}, {how}"
+
+
+def _kind_of_ref(name: str) -> tuple[str, str]:
+    """In which of the Hub's lists a name belongs, and its whole name in Git.
+
+    A tag is taken for a branch: which of the two a name is was not kept, and programs look among the branches.
+    """
+    for prefix, kind in (("refs/pr/", "pullRequests"), ("refs/convert/", "converts")):
+        if name.startswith(prefix):
+            return kind, name
+    return "branches", f"refs/heads/{name}"
 
 
 def _refusal(error: RequestError) -> Reply:

@@ -1,7 +1,8 @@
-"""Where connections wait for their next request, and the few threads that take them in turn.
+"""Where connections wait for their next request, and the thread that takes them in turn.
 
 A thread for each connection makes a hundred of them wait for Python's lock in no order, at each of a request's system
-calls. Here the kernel keeps the order (epoll hands out what became readable first), and two threads answer.
+calls. Here the kernel keeps the order (epoll hands out what became readable first), and one thread answers: a second
+one would only fight it for that lock. Whoever is about to do something that may take long gives its turn to another.
 """
 
 import functools
@@ -10,14 +11,16 @@ import select
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from modelcache_server.http_connection import HttpConnection
 
-_TAKERS = 2
+_AT_ONCE = 64  # guests that one look at the kernel brings
 _STUCK_SECONDS = 0.05  # without a turn, though somebody waits for one
 _LOOK_SECONDS = 0.25  # between two looks at deadlines
+_SPARE_SECONDS = 5.0  # for which a thread without a turn is kept for the next
 _READABLE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLONESHOT
 
 
@@ -31,9 +34,9 @@ class Guest:
 
 
 class _Turn:
-    """What one thread does; `aside` while it may take long and others take the turns."""
+    """The right to take guests; `over` once another thread has it."""
 
-    aside = False
+    over = False
 
 
 class Lobby:
@@ -51,15 +54,18 @@ class Lobby:
         self._name = name
         self._epoll = select.epoll()
         self._end = os.eventfd(1)
-        self._lock = threading.Lock()
         self._waiting: dict[int, Guest] = {}
-        self._takers: set[_Turn] = set()
-        self._threads: set[threading.Thread] = set()
+        self._next: deque[int] = deque()  # those of them whose turn comes next
         self._taken = 0
-        self._closing = threading.Event()
+        self._closing = False
+        self._changed = threading.Condition()
+        self._turn: _Turn | None = None  # whose thread takes guests; None while that is to be another
+        self._spare = 0
+        self._threads: set[threading.Thread] = set()
+        self._closed = threading.Event()
         self._watch = threading.Thread(target=self._look_after, name=f"{name}-lobby", daemon=True)
-        with self._lock:
-            self._fill()
+        with self._changed:
+            self._hand_on()
         self._watch.start()
 
     def enter(self, guest: Guest) -> None:
@@ -69,67 +75,76 @@ class Lobby:
 
     def close(self) -> None:
         """End the threads, once all guests are closed."""
-        self._closing.set()
-        self._epoll.register(self._end, select.EPOLLIN)  # stays readable: wakes every thread
-        self._watch.join()
-        with self._lock:
-            threads = list(self._threads)
+        self._closed.set()
+        self._epoll.register(self._end, select.EPOLLIN)  # stays readable: wakes who waits for guests
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+            threads = [self._watch, *self._threads]
         for thread in threads:
             thread.join()
         self._epoll.close()
         os.close(self._end)
 
-    def _fill(self) -> None:
-        while len(self._takers) < _TAKERS and not self._closing.is_set():
-            turn = _Turn()
-            thread = threading.Thread(target=self._take_turns, args=(turn,), name=f"{self._name}-turn", daemon=True)
-            thread.start()
-            self._takers.add(turn)
+    def _hand_on(self) -> None:
+        """Have another thread take the turns."""
+        if self._turn is not None:
+            self._turn.over = True
+        self._turn = None
+        if self._spare:
+            self._changed.notify()
+        else:
+            thread = threading.Thread(target=self._run, name=f"{self._name}-turn", daemon=True)
             self._threads.add(thread)
+            thread.start()
 
     def _step_aside(self, turn: _Turn) -> None:
-        if not turn.aside:
-            with self._lock:
-                turn.aside = True
-                self._takers.discard(turn)
-                self._fill()
+        if not turn.over:
+            with self._changed:
+                if not turn.over:
+                    self._hand_on()
 
-    def _take_turns(self, turn: _Turn) -> None:
+    def _run(self) -> None:
+        """Take turns, and wait a while for the next ones."""
+        while True:
+            with self._changed:
+                self._spare += 1
+                wanted = self._changed.wait_for(lambda: self._closing or self._turn is None, _SPARE_SECONDS)
+                self._spare -= 1
+                if self._closing or not wanted:
+                    self._threads.discard(threading.current_thread())
+                    return
+                turn = self._turn = _Turn()
+            self._take(turn)
+
+    def _take(self, turn: _Turn) -> None:
         step_aside = functools.partial(self._step_aside, turn)
-        while not self._closing.is_set():
-            for fd, _ in self._epoll.poll(maxevents=1):
-                guest = self._waiting.pop(fd, None)
-                if guest is None:
-                    continue
-                self._taken += 1
-                if self._serve(guest, step_aside):
-                    self._waiting[fd] = guest
-                    self._epoll.modify(fd, _READABLE)
-            if turn.aside:
-                with self._lock:
-                    if len(self._takers) >= _TAKERS:
-                        break
-                    turn.aside = False
-                    self._takers.add(turn)
-        with self._lock:
-            self._takers.discard(turn)
-            self._threads.discard(threading.current_thread())
+        while not (turn.over or self._closing):
+            try:
+                fd = self._next.popleft()
+            except IndexError:
+                self._next.extend(fd for fd, _ in self._epoll.poll(maxevents=_AT_ONCE))
+                continue
+            guest = self._waiting.pop(fd, None)
+            if guest is None:
+                continue
+            self._taken += 1
+            if self._serve(guest, step_aside):
+                self._waiting[fd] = guest
+                self._epoll.modify(fd, _READABLE)
 
     def _look_after(self) -> None:
-        """Replace threads that are stuck, and end the wait of guests whose time is over."""
+        """Replace a thread that is stuck, and end the wait of guests whose time is over."""
         ready = select.poll()
         ready.register(self._epoll, select.POLLIN)
         next_look = 0.0
-        while not self._closing.is_set():
-            if ready.poll(_LOOK_SECONDS * 1000):
+        while not self._closed.is_set():
+            if ready.poll(_LOOK_SECONDS * 1000) or self._next:
                 before = self._taken
-                self._closing.wait(_STUCK_SECONDS)
-                if self._taken == before and ready.poll(0):
-                    with self._lock:
-                        for turn in self._takers:
-                            turn.aside = True
-                        self._takers.clear()
-                        self._fill()
+                self._closed.wait(_STUCK_SECONDS)
+                if self._taken == before and (self._next or ready.poll(0)):
+                    with self._changed:
+                        self._hand_on()
             now = time.monotonic()
             if now >= next_look:
                 next_look = now + _LOOK_SECONDS
