@@ -7,6 +7,7 @@ https://pkg.go.dev/time#ParseDuration.
 import math
 import re
 from fractions import Fraction
+from functools import lru_cache
 
 _BINARY = {suffix: 1024**power for power, suffix in enumerate(("Ki", "Mi", "Gi", "Ti", "Pi", "Ei"), start=1)}
 _DECIMAL = {"n": -9, "u": -6, "m": -3, "": 0, "k": 3, "M": 6, "G": 9, "T": 12, "P": 15, "E": 18}
@@ -19,6 +20,7 @@ _DURATION = re.compile(
 )
 
 
+@lru_cache(maxsize=1024)
 def parse_quantity(text: str) -> Fraction:
     """The exact value of a Kubernetes quantity.
 

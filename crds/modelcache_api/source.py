@@ -8,6 +8,7 @@ https://cloud.google.com/storage/docs/buckets#naming.
 import posixpath
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 Scheme = Literal["hf", "s3", "gs", "file"]
@@ -51,6 +52,7 @@ def is_commit(revision: str) -> bool:
     return _COMMIT.fullmatch(revision) is not None
 
 
+@lru_cache(maxsize=1024)
 def parse_repo_id(text: str) -> RepoId:
     """Parse spec.repoId.
 

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -13,8 +14,9 @@ from typing import Any
 import kopf
 from kubernetes.aio.client import Configuration
 
-from modelcache_operator import handlers, logs, metrics, rights
+from modelcache_operator import children, handlers, logs, metrics, rights
 from modelcache_operator.asking import Pods
+from modelcache_operator.children import Children
 from modelcache_operator.controller import Controller
 from modelcache_operator.errors import ApiError, ApiUnreachable, LeadershipLost, OperatorError
 from modelcache_operator.kube import MODEL_CACHES, Kube, load_configuration
@@ -39,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write(f"modelcache-operator: {error}\n")
         return 2
     logs.configure(settings.log_level)
+    _collect_garbage_rarely()
     try:
         if options.check:
             return asyncio.run(check(settings))
@@ -54,6 +57,12 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _collect_garbage_rarely() -> None:
+    """Spare the collector what is imported, and most of its runs: a restart makes few cycles and very many objects."""
+    gc.freeze()
+    gc.set_threshold(50_000)
+
+
 async def run(settings: Settings) -> None:
     """Lead, and do the operator's work while leading.
 
@@ -67,7 +76,8 @@ async def run(settings: Settings) -> None:
     alive = {"ok": True}
     runner = await metrics.serve(shown, settings.metrics_port, lambda: alive["ok"])
     configuration = await load_configuration()
-    kube = Kube(configuration, connections=settings.workers * 2)
+    streams = len(children.KINDS) * max(1, len(settings.namespaces))
+    kube = Kube(configuration, connections=settings.workers * 2 + streams)
     pods = Pods()
     try:
         await _first_of(stop, _wait_for_api(kube, settings))
@@ -123,15 +133,22 @@ async def _lead(
     controller = Controller(kube, Reader(kube, pods), settings, shown)
     shown.observe(lambda: len(controller.queue), lambda: kube.calls)
     shown.leading.set(1)
-    # workers before kopf: it cancels what is younger than itself
-    workers = [asyncio.create_task(controller.work()) for _ in range(settings.workers)]
+    around = Children(kube, controller.queue, controller.news, settings.namespaces)
+
+    async def work() -> None:
+        await around.placed.wait()  # a change of what is read earlier could go unnoticed
+        await controller.work()
+
+    # before kopf: it cancels what is younger than itself
+    following = asyncio.create_task(around.follow())
+    workers = [asyncio.create_task(work()) for _ in range(settings.workers)]
     stopping = asyncio.create_task(stop.wait())
     kopf_stop, kopf_ready = asyncio.Event(), asyncio.Event()
     kopf_settings = handlers.operator_settings()
     kopf_identity: Any = settings.identity
     watching = asyncio.create_task(
         kopf.operator(
-            registry=handlers.registry(controller.queue, controller.news, configuration, kopf_settings),
+            registry=handlers.registry(controller.queue, controller.news, configuration),
             settings=kopf_settings,
             # or kopf asks for the user's name, which a numeric user in a container has not
             identity=kopf_identity,
@@ -143,17 +160,18 @@ async def _lead(
         )
     )
     reclaiming = asyncio.create_task(_reclaim_signals(kopf_ready, stop))
-    ends: list[asyncio.Task[Any]] = [stopping, watching, *([holding] if holding is not None else [])]
+    ends: list[asyncio.Task[Any]] = [stopping, watching, following, *([holding] if holding is not None else [])]
     try:
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if holding is not None and holding.done():
             holding.result()  # raises LeadershipLost
-        if watching.done():
-            watching.result()
-            raise OperatorError("kopf ended by itself")
+        for task in (watching, following):
+            if task.done():
+                task.result()
+                raise OperatorError("a watch ended by itself")
     finally:
         shown.leading.set(0)
-        await _cancel(*workers, stopping, reclaiming)
+        await _cancel(*workers, following, stopping, reclaiming)
         controller.queue.close()
         kopf_stop.set()
         if not (holding is not None and holding.done()):
@@ -165,7 +183,7 @@ async def _wait_for_api(kube: Kube, settings: Settings) -> None:
     while True:
         try:
             for namespace in settings.namespaces or (None,):
-                await kube.probe(MODEL_CACHES, namespace)
+                await kube.version(MODEL_CACHES, namespace)
         except ApiUnreachable as error:
             log.warning("waiting for the API server: %s", error)
             await asyncio.sleep(2)

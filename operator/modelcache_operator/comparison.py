@@ -13,12 +13,14 @@ def covers(live: Any, wanted: Any) -> bool:
 
     Lists of named things are compared by name, other lists element by element, resource amounts by their value.
     """
+    if live == wanted:
+        return True
     # what comes from JSON is a dict or a list; asking for Mapping and Sequence would take twice as long
     if isinstance(wanted, dict):
         return isinstance(live, dict) and all(_field_covers(live, key, value) for key, value in wanted.items())
     if isinstance(wanted, list):
         return isinstance(live, list) and _list_covers(live, wanted)
-    return bool(live == wanted)
+    return False
 
 
 def _field_covers(live: dict[str, Any], key: str, wanted: Any) -> bool:

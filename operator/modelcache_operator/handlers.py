@@ -1,6 +1,7 @@
-"""kopf's part: watch streams that wake the queue. Nothing else: its other handlers write finalizers and annotations.
+"""kopf's part: the watch of ModelCaches that wakes the queue. Its other handlers write finalizers and annotations.
 
-The streams carry metadata only: that something changed is all they have to tell, as reconcile reads live.
+The watch carries metadata only: that something changed is all it has to tell, as reconcile reads live. What a
+ModelCache owns is watched in `children`.
 """
 
 from collections.abc import Mapping
@@ -9,22 +10,29 @@ from typing import Any
 import kopf
 from kubernetes.aio.client import Configuration
 
-from modelcache_operator.kube import session
+from modelcache_operator.kube import MODEL_CACHES, session
 from modelcache_operator.news import News
-from modelcache_operator.resources.names import NAME_LABEL
 from modelcache_operator.workqueue import WorkQueue
 
-CHILDREN = ("jobs", "deployments", "persistentvolumeclaims", "services", "configmaps", "pods")
 LISTED_AT_ONCE = 100
 """Objects per page of the first list: they are whole, and a thousand of them are many megabytes."""
-CHILD_DELAY_SECONDS = 0.05
-"""Events of children come in bursts: one reconcile answers them all."""
 
 
-def registry(
-    queue: WorkQueue[tuple[str, str]], news: News, configuration: Configuration, settings: kopf.OperatorSettings
-) -> kopf.OperatorRegistry:
-    """Handlers that add keys to the queue; children are watched by our label only, chosen by the server."""
+class _NoEssence(kopf.DiffBaseStorage):
+    """Keeps nothing to compare with: only handlers of changes need it, and kopf copies each object for it."""
+
+    def build(self, *, body: kopf.Body, extra_fields: object = None) -> kopf.BodyEssence:  # noqa: ARG002 - kopf's
+        return kopf.BodyEssence()
+
+    def fetch(self, *, body: kopf.Body) -> kopf.BodyEssence | None:  # noqa: ARG002 - kopf's
+        return None
+
+    def store(self, *, body: kopf.Body, patch: kopf.Patch, essence: kopf.BodyEssence) -> None:
+        raise NotImplementedError("nothing of ours is stored in a ModelCache")
+
+
+def registry(queue: WorkQueue[tuple[str, str]], news: News, configuration: Configuration) -> kopf.OperatorRegistry:
+    """The handler that adds ModelCaches to the queue."""
     handlers = kopf.OperatorRegistry()
 
     @kopf.on.login(registry=handlers)
@@ -32,31 +40,15 @@ def registry(
         watching = session(configuration, connections=0, metadata_only=True)
         return kopf.AiohttpSession(server=configuration.host, aiohttp_session=watching)
 
-    async def is_news(key: tuple[str, str], plural: str, event: Mapping[str, Any]) -> bool:
-        await queue.until_done(key)  # what is being read now is known only then
-        metadata = event["object"]["metadata"]
-        version = str(metadata.get("resourceVersion"))
-        return news.is_news(key, plural, str(metadata.get("uid")), version, deleted=event["type"] == "DELETED")
-
     @kopf.on.event("modelcache.io", "v1alpha1", "modelcaches", registry=handlers)
     async def model_cache_changed(*, namespace: str | None, name: str, event: Mapping[str, Any], **_: Any) -> None:
         key = (namespace or "", name)
-        if await is_news(key, "modelcaches", event):
+        await queue.until_done(key)  # what is being read now is known only then
+        metadata = event["object"]["metadata"]
+        version, deleted = str(metadata.get("resourceVersion")), event["type"] == "DELETED"
+        if news.is_news(key, MODEL_CACHES.kind, str(metadata.get("uid")), version, deleted=deleted):
             queue.add(key)
 
-    def watch(plural: str) -> None:
-        @kopf.on.event(plural, registry=handlers, labels={NAME_LABEL: kopf.PRESENT}, id=f"{plural}_changed")
-        async def child_changed(
-            *, namespace: str | None, labels: kopf.Labels, event: Mapping[str, Any], **_: Any
-        ) -> None:
-            key = (namespace or "", labels[NAME_LABEL])
-            if await is_news(key, plural, event):
-                queue.add_after(key, CHILD_DELAY_SECONDS)
-
-        settings.watching.label_selectors[plural] = NAME_LABEL
-
-    for plural in CHILDREN:
-        watch(plural)
     return handlers
 
 
@@ -65,6 +57,7 @@ def operator_settings() -> kopf.OperatorSettings:
     settings = kopf.OperatorSettings()
     settings.posting.enabled = False
     settings.scanning.disabled = True
+    settings.persistence.diffbase_storage = _NoEssence()
     settings.watching.chunk_size = LISTED_AT_ONCE
     settings.watching.server_timeout = 300
     settings.watching.client_timeout = 330

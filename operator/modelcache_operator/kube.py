@@ -5,8 +5,9 @@ cost six times what aiohttp's do, which a thousand ModelCaches would feel: neith
 """
 
 import json
+import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -21,7 +22,12 @@ from modelcache_operator.errors import ApiError, ApiUnreachable
 FIELD_MANAGER = "modelcache-operator"
 PAGE = 500
 """Objects per page of a list."""
+WATCH_SECONDS = 300.0
+"""How long a watch lasts at least before it is asked for anew; not all of them at once."""
+WATCH_SILENCE_SECONDS = 90.0
+"""A bookmark comes each minute; without one, the connection is dead."""
 _METADATA_ONLY = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
+_LIST_OF_METADATA = _METADATA_ONLY.replace("Metadata;", "MetadataList;")
 
 Object = dict[str, Any]
 
@@ -141,9 +147,62 @@ class Kube:
                 return found
             query["continue"] = token
 
-    async def probe(self, resource: Resource, namespace: str | None) -> None:
-        """Raise what a list would raise, without reading the list."""
-        await self._call("list", resource.plural, "GET", resource.path(namespace), {"limit": "1"})
+    async def version(self, resource: Resource, namespace: str | None) -> str:
+        """From where a watch tells all that happens from now on; raises what a list would, without reading it."""
+        path, query = resource.path(namespace), {"limit": "1"}
+        return _version(await self._call("list", resource.plural, "GET", path, query, accept=_LIST_OF_METADATA))
+
+    async def list_metadata(
+        self, resource: Resource, namespace: str | None, *, labels: str
+    ) -> tuple[Sequence[Object], str]:
+        """List nothing but metadata, in pages, and from where a watch goes on."""
+        query = {"limit": str(PAGE), "labelSelector": labels}
+        found: list[Object] = []
+        while True:
+            path = resource.path(namespace)
+            page = await self._call("list", resource.plural, "GET", path, query, accept=_LIST_OF_METADATA)
+            found += page.get("items") or []
+            if not (token := page["metadata"].get("continue")):
+                return found, _version(page)
+            query["continue"] = token
+
+    async def watch(
+        self, resource: Resource, namespace: str | None, *, labels: str, since: str
+    ) -> AsyncGenerator[Object]:
+        """Events since a version, of metadata only, bookmarks among them, until the server ends the stream.
+
+        Raises:
+            ApiError: 410: the server no longer knows what happened since then.
+            ApiUnreachable: No connection, or not even a bookmark for a while.
+        """
+        self.calls["watch", resource.plural] += 1
+        path = resource.path(namespace)
+        query = {"watch": "true", "allowWatchBookmarks": "true", "labelSelector": labels, "resourceVersion": since}
+        query["timeoutSeconds"] = str(int(WATCH_SECONDS * random.uniform(1, 2)))  # noqa: S311 - jitter
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=WATCH_SILENCE_SECONDS)
+        try:
+            async with self._session.get(
+                f"{self._host}{path}",
+                params=query,
+                headers={"Accept": _METADATA_ONLY},
+                timeout=timeout,
+                allow_redirects=False,
+            ) as response:
+                if response.status >= 400:
+                    raise ApiError.from_response(
+                        response.status, await response.read(), response.headers, f"watch {path}"
+                    )
+                rest = b""
+                async for data in response.content.iter_any():
+                    *lines, rest = (rest + data).split(b"\n")
+                    for line in lines:
+                        event: Object = json.loads(line)
+                        if event["type"] == "ERROR":
+                            status = json.dumps(event["object"]).encode()
+                            raise ApiError.from_response(event["object"]["code"], status, {}, f"watch {path}")
+                        yield event
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            raise _unreachable(f"watch {path}", error) from error
 
     async def create(self, obj: Object) -> Object:
         """Create an object; 409 AlreadyExists if the name is taken (an apply would adopt a stranger's)."""
@@ -229,10 +288,16 @@ class Kube:
             ) as response:
                 raw = await response.read()
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            raise ApiUnreachable(
-                f"{method} {path}: the API server does not answer ({type(error).__name__}: {error})"
-            ) from error
+            raise _unreachable(f"{method} {path}", error) from error
         if response.status >= 400:
             raise ApiError.from_response(response.status, raw, response.headers, f"{method} {path}")
         decoded: Object = json.loads(raw)
         return decoded
+
+
+def _version(page: Object) -> str:
+    return str(page["metadata"]["resourceVersion"])
+
+
+def _unreachable(request: str, error: Exception) -> ApiUnreachable:
+    return ApiUnreachable(f"{request}: the API server does not answer ({type(error).__name__}: {error})")

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 Key = tuple[str, str]
@@ -25,16 +25,8 @@ class Metrics:
             buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30),
         )
         self.leading = Gauge("modelcache_operator_leading", "1 while this replica leads.", registry=self.registry)
-        self._condition = Gauge(
-            "modelcache_condition",
-            "1 while a condition of a ModelCache is True, else 0.",
-            ["namespace", "name", "condition"],
-            registry=self.registry,
-        )
-        self._bytes = Gauge(
-            "modelcache_active_bytes", "Size of the active snapshot.", ["namespace", "name"], registry=self.registry
-        )
-        self._known: dict[Key, tuple[str, ...]] = {}
+        self._model_caches: dict[Key, tuple[dict[str, bool], float]] = {}
+        self.registry.register(_ModelCaches(self._model_caches))
 
     def observe(self, queue_length: Callable[[], int], calls: Callable[[], Mapping[tuple[str, str], int]]) -> None:
         """Ask for these whenever metrics are scraped."""
@@ -44,23 +36,41 @@ class Metrics:
         self.registry.register(_Calls(calls))
 
     def model_cache(self, key: Key, status: Mapping[str, object]) -> None:
-        """Show a ModelCache's conditions."""
-        conditions = status.get("conditions")
-        shown: list[str] = []
-        for condition in conditions if isinstance(conditions, list) else []:
-            self._condition.labels(*key, condition["type"]).set(condition["status"] == "True")
-            shown.append(condition["type"])
-        size = status.get("bytes")
-        self._bytes.labels(*key).set(size if isinstance(size, int) else 0)
-        self._known[key] = tuple(shown)
+        """Show a ModelCache's conditions and size."""
+        conditions, size = status.get("conditions"), status.get("bytes")
+        shown = {c["type"]: c["status"] == "True" for c in conditions} if isinstance(conditions, list) else {}
+        self._model_caches[key] = shown, size if isinstance(size, int) else 0
 
     def forget(self, key: Key) -> None:
         """The ModelCache is gone."""
-        if (shown := self._known.pop(key, None)) is None:
-            return
-        for condition in shown:
-            self._condition.remove(*key, condition)
-        self._bytes.remove(*key)
+        self._model_caches.pop(key, None)
+
+
+class _ModelCaches:
+    """Makes the samples when they are asked for: a gauge for each would be most of what a restart keeps in memory."""
+
+    def __init__(self, found: Mapping[Key, tuple[Mapping[str, bool], float]]) -> None:
+        self._found = found
+
+    def describe(self) -> list[GaugeMetricFamily]:
+        """The two metrics, without samples."""
+        return [
+            GaugeMetricFamily(
+                "modelcache_condition",
+                "1 while a condition of a ModelCache is True, else 0.",
+                labels=["namespace", "name", "condition"],
+            ),
+            GaugeMetricFamily("modelcache_active_bytes", "Size of the active snapshot.", labels=["namespace", "name"]),
+        ]
+
+    def collect(self) -> Iterable[Metric]:
+        """Of every ModelCache as it was written last."""
+        conditions, size = self.describe()
+        for key, (shown, size_bytes) in self._found.items():
+            for condition, holds in shown.items():
+                conditions.add_metric([*key, condition], holds)
+            size.add_metric(key, size_bytes)
+        return conditions, size
 
 
 class _Calls:

@@ -1,22 +1,22 @@
 """Which events of a watch say something that no reconcile has read yet.
 
-A restart lists everything, and each listed object is an event; so is each answer to our own writes. What a reconcile
-has read in this very version is no news. What it wrote is: whoever wrote looks again.
+A restart lists all ModelCaches, and each of them is an event; so is each answer to our own writes. What a reconcile has
+read in this very version is no news. What it wrote is: whoever wrote looks again.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from modelcache_operator.kube import Object
+from modelcache_operator.kube import PODS, Object
 
 Key = tuple[str, str]
 
 
 @dataclass
 class _Read:
-    """Versions by uid of what the last reconcile of a key read; pods only where it had to look at them."""
+    """Versions by kind and uid of what the last reconcile of a key read; pods only where it had to look at them."""
 
-    versions: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, dict[str, str]] = field(default_factory=dict)
     with_pods: bool = False
 
 
@@ -28,14 +28,17 @@ class News:
 
     def read(self, key: Key, objects: Iterable[Object], *, with_pods: bool) -> None:
         """A reconcile read these objects, and nothing else of this key."""
-        versions = {o["metadata"]["uid"]: str(o["metadata"].get("resourceVersion", "")) for o in objects}
+        versions: dict[str, dict[str, str]] = {}
+        for obj in objects:
+            metadata = obj["metadata"]
+            versions.setdefault(obj["kind"], {})[metadata["uid"]] = str(metadata.get("resourceVersion", ""))
         self._read[key] = _Read(versions, with_pods)
 
     def forget(self, key: Key) -> None:
         """The ModelCache is gone, or what was read of it is in doubt."""
         self._read.pop(key, None)
 
-    def is_news(self, key: Key, plural: str, uid: str, version: str, *, deleted: bool) -> bool:
+    def is_news(self, key: Key, kind: str, uid: str, version: str, *, deleted: bool) -> bool:
         """Whether a reconcile could find something that the last one did not.
 
         Pods are news only to who looked at them: whatever else happens to a pod shows in its Job or Deployment.
@@ -43,6 +46,21 @@ class News:
         known = self._read.get(key)
         if known is None:
             return True
-        if plural == "pods" and not known.with_pods:
+        if kind == PODS.kind and not known.with_pods:
             return False
-        return deleted or known.versions.get(uid) != version
+        return deleted or known.versions.get(kind, {}).get(uid) != version
+
+    def changed(self, kind: str, namespace: str | None, found: Mapping[Key, Mapping[str, str]]) -> Iterator[Key]:
+        """Of whom something of a kind came, went or changed since it was read.
+
+        Args:
+            kind: Of the children.
+            namespace: Where they were listed; None: everywhere.
+            found: Their versions by uid, as they are now. Who has read a stranger's object, which is in no list of
+                ours, looks again in vain.
+        """
+        for key, known in self._read.items():
+            is_listed = namespace is None or key[0] == namespace
+            is_seen = kind != PODS.kind or known.with_pods
+            if is_listed and is_seen and known.versions.get(kind, {}) != found.get(key, {}):
+                yield key

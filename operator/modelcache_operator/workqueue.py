@@ -32,6 +32,14 @@ class WorkQueue(Generic[K]):
         """How many keys are ready to run now (metrics)."""
         return len(self._ready)
 
+    def is_active(self, key: K) -> bool:
+        """Whether a worker has the key."""
+        return key in self._active
+
+    def again(self) -> None:
+        """Run once more, when it is done, whatever a worker has now."""
+        self._dirty.update(self._active)
+
     async def until_done(self, key: K) -> None:
         """Wait until no worker has the key."""
         if (working := self._active.get(key)) is not None:

@@ -37,7 +37,9 @@ class ApiServer:
 
     url: str
     folder: Path
+    command: list[str]
     context: ssl.SSLContext = field(default_factory=ssl._create_unverified_context)
+    process: subprocess.Popen[bytes] | None = None
 
     @property
     def kubeconfig(self) -> Path:
@@ -93,6 +95,26 @@ class ApiServer:
 
     def delete(self, path):
         return self.request("DELETE", path)
+
+    def start(self):
+        """Start it and wait until it answers."""
+        log = self.folder / "kube-apiserver.log"
+        with log.open("a") as output:
+            self.process = subprocess.Popen(self.command, stdout=output, stderr=output, cwd=self.folder)
+
+        def ready():
+            if self.process.poll() is not None:
+                raise RuntimeError(f"kube-apiserver ended with {self.process.returncode}: {log.read_text()[-2000:]}")
+            return self.get("/apis/apps/v1")
+
+        _wait_until(ready, "the API server did not come up")
+        _wait_until(lambda: self.get("/api/v1/namespaces/default"), "no default namespace")
+
+    def kill(self):
+        """End it at once, as a machine that fails does; etcd goes on."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
 
     def install_crd(self, definition):
         """Create the CRD and wait until it is served."""
@@ -157,35 +179,24 @@ def api_server() -> Iterator[ApiServer]:
                 f"--listen-peer-urls=http://127.0.0.1:{peer}",
             )
         )
-        server = stack.enter_context(
-            _process(
-                folder,
-                "kube-apiserver",
-                str(programs / "kube-apiserver"),
-                f"--etcd-servers=http://127.0.0.1:{client}",
-                "--bind-address=127.0.0.1",
-                f"--secure-port={port}",
-                f"--cert-dir={folder / 'certs'}",
-                f"--token-auth-file={folder / 'tokens.csv'}",
-                "--service-account-issuer=https://kubernetes.default.svc",
-                "--endpoint-reconciler-type=none",
-                f"--service-account-key-file={folder / 'sa.key'}",
-                f"--service-account-signing-key-file={folder / 'sa.key'}",
-                "--service-cluster-ip-range=10.96.0.0/16",
-                "--authorization-mode=RBAC",
-                "--disable-admission-plugins=ServiceAccount",
-            )
-        )
-        running = ApiServer(f"https://127.0.0.1:{port}", folder)
-
-        def ready():
-            if server.poll() is not None:
-                log = (folder / "kube-apiserver.log").read_text()[-2000:]
-                raise RuntimeError(f"kube-apiserver ended with {server.returncode}: {log}")
-            return running.get("/apis/apps/v1")
-
-        _wait_until(ready, "the API server did not come up")
-        _wait_until(lambda: running.get("/api/v1/namespaces/default"), "no default namespace")
+        command = [
+            str(programs / "kube-apiserver"),
+            f"--etcd-servers=http://127.0.0.1:{client}",
+            "--bind-address=127.0.0.1",
+            f"--secure-port={port}",
+            f"--cert-dir={folder / 'certs'}",
+            f"--token-auth-file={folder / 'tokens.csv'}",
+            "--service-account-issuer=https://kubernetes.default.svc",
+            "--endpoint-reconciler-type=none",
+            f"--service-account-key-file={folder / 'sa.key'}",
+            f"--service-account-signing-key-file={folder / 'sa.key'}",
+            "--service-cluster-ip-range=10.96.0.0/16",
+            "--authorization-mode=RBAC",
+            "--disable-admission-plugins=ServiceAccount",
+        ]
+        running = ApiServer(f"https://127.0.0.1:{port}", folder, command)
+        stack.callback(running.kill)
+        running.start()
         yield running
 
 
