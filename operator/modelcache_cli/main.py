@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         command.add_options(subparser)
-        subparser.set_defaults(command=command)
+        subparser.set_defaults(command=command, parser=subparser)
     return parser
 
 
@@ -112,7 +112,9 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, _terminate)
         if callable(signal.getsignal(signal.SIGINT)):  # not where a shell has it ignored
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        arguments = _parser().parse_args(argv)
+        arguments, unknown = _parser().parse_known_args(argv)
+        if unknown:
+            arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         debug = getattr(arguments, "debug", False)
         logging.basicConfig(
             level=logging.DEBUG if debug else logging.ERROR, format=f"{PROGRAM}: %(levelname)s %(name)s: %(message)s"

@@ -71,6 +71,14 @@ def test_examples_are_command_lines_that_are_understood(name):
         assert program._parser().parse_args(words[1:]).command is command
 
 
+@pytest.mark.parametrize("extra", ["abc", "--alll"])
+def test_an_argument_that_a_command_does_not_know_is_told_with_its_own_usage(extra):
+    done = base_installation("verify", extra)
+    assert done.returncode == 2
+    assert done.stderr.startswith("usage: modelcache verify ")
+    assert done.stderr.endswith(f"modelcache verify: error: unrecognized arguments: {extra}\n")
+
+
 def test_no_line_is_wider_than_the_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     parser = program._parser()
