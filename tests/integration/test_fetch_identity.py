@@ -1,19 +1,16 @@
 """The pod's own cloud identity, service accounts, and credentials that end while a fetch runs."""
 
 import json
-import os
-import subprocess
-import sys
-import urllib.request
 
 import pytest
 
 from modelcache_api.reasons import REASONS, Reason
 from modelcache_fetcher import FetchError, run_fetch
+from support.cli import make_folder
 from support.cloud_identity import POD_TOKEN, AwsIdentity, GoogleIdentity, GoogleTokens, PrivateGcs, serve
 from support.fake_buckets import S3Handler
-from support.fetching import contents, options, safetensors_bytes, spec
-from support.object_stores import moto_server, s3_client
+from support.fetching import contents, options, run_program, safetensors_bytes, spec
+from support.object_stores import models_bucket, moto_server
 from support.proxies import ForwardProxy, TlsFront, private_certificate
 from support.sendfile_server import Fault
 
@@ -29,34 +26,19 @@ def moto():
 @pytest.fixture
 def private_bucket(moto):
     """A bucket whose objects refuse anonymous requests."""
-    urllib.request.urlopen(urllib.request.Request(f"{moto}/moto-api/reset", method="POST")).close()
-    client = s3_client(moto)
-    client.create_bucket(Bucket="models")
-    for path, content in FILES.items():
-        client.put_object(Bucket="models", Key=f"bert/{path}", Body=content)
+    models_bucket(moto, FILES)
     return moto
 
 
 @pytest.fixture
 def folder(tmp_path):
     """What a fake bucket has."""
-    root = tmp_path / "bucket"
-    root.mkdir()
-    for path, content in FILES.items():
-        (root / path).write_bytes(content)
-    return root
+    return make_folder(tmp_path / "bucket", FILES)
 
 
 def program(tmp_path, spec, **environment):
-    """Run modelcache-fetch with no identity but the one that a test gives."""
-    clouds = ("AWS_", "GOOGLE_", "GCE_", "HTTP", "http", "NO_PROXY", "SSL_CERT", "REQUESTS_")
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(clouds)}
-    none = {"AWS_CONFIG_FILE": "/none", "AWS_SHARED_CREDENTIALS_FILE": "/none", "HOME": str(tmp_path)}
-    if "AWS_EC2_METADATA_SERVICE_ENDPOINT" not in environment:
-        none["AWS_EC2_METADATA_DISABLED"] = "true"
-    command = [sys.executable, "-m", "modelcache_fetcher", "fetch", "--volume", str(tmp_path / "v"), "--name", "model"]
-    given = {**clean, **none, "MODELCACHE_SPEC": json.dumps(spec), **environment}
-    return subprocess.run(command, env=given, capture_output=True, text=True, timeout=60, check=False)
+    target = ("--volume", tmp_path / "v", "--name", "model")
+    return run_program("fetch", spec, *target, HOME=str(tmp_path), **environment)
 
 
 def aws_program(tmp_path, url, **environment):

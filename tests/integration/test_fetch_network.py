@@ -1,20 +1,14 @@
 """Proxies and private authorities, as the environment names them."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
 from modelcache_api.reasons import REASONS, Reason
 from modelcache_fetcher import FetchError, run_fetch
 from support.fake_hub import fake_hub
-from support.fetching import contents, options, safetensors_bytes, spec
+from support.fetching import contents, options, run_program, safetensors_bytes, spec
 from support.proxies import ForwardProxy, TlsFront, private_certificate
 
 FILES = {"config.json": b"{}", "model.safetensors": safetensors_bytes({"a": 3 * 2**20})}
-PROXY_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 
 
 @pytest.fixture
@@ -33,12 +27,9 @@ def proxy(hub):
 
 
 def program(tmp_path, endpoint, **environment):
-    """Run modelcache-fetch in a clean environment: libraries keep what they read of it."""
-    names = {*PROXY_VARIABLES, *(name.lower() for name in PROXY_VARIABLES), "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"}
-    clean = {key: value for key, value in os.environ.items() if key not in names}
-    command = [sys.executable, "-m", "modelcache_fetcher", "fetch", "--volume", str(tmp_path / "v"), "--name", "model"]
-    given = {"MODELCACHE_SPEC": json.dumps({"repoId": "org/name", "endpoint": endpoint}), **environment}
-    return subprocess.run(command, env={**clean, **given}, capture_output=True, text=True, timeout=60, check=False)
+    """A process of its own: libraries keep what they read of their environment."""
+    target = ("--volume", tmp_path / "v", "--name", "model")
+    return run_program("fetch", {"repoId": "org/name", "endpoint": endpoint}, *target, **environment)
 
 
 def test_everything_goes_through_the_proxy_with_its_login(hub, proxy, tmp_path):

@@ -1,10 +1,7 @@
 """Every row of the table of reasons that a fetch can end with, through the program that Jobs run."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
@@ -12,7 +9,7 @@ import pytest
 from modelcache_api.reasons import REASONS, Reason
 from modelcache_volume import NoActiveRevision, NotAVolume, Volume
 from support.fake_hub import fake_hub
-from support.fetching import safetensors_bytes
+from support.fetching import run_program, safetensors_bytes
 from support.object_stores import gcs_server, moto_server
 from support.proxies import TlsFront, private_certificate
 
@@ -38,18 +35,7 @@ def secrets(tmp_path):
 def program(command, spec, tmp_path, *more):
     """Exit code, termination message and output of modelcache-fetch."""
     log = tmp_path / f"message-of-{command}"
-    arguments = [command, "--termination-log", str(log), *map(str, more)]
-    clouds = ("AWS_", "GOOGLE_", "HTTP", "http", "NO_PROXY", "SSL_CERT", "REQUESTS_")
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(clouds)}
-    environment = {**clean, "AWS_EC2_METADATA_DISABLED": "true", "MODELCACHE_SPEC": json.dumps(spec)}
-    done = subprocess.run(
-        [sys.executable, "-m", "modelcache_fetcher", *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = run_program(command, spec, "--termination-log", log, *more)
     text = log.read_text()
     assert len(text.encode()) <= 4096
     return done.returncode, json.loads(text), done.stdout + done.stderr

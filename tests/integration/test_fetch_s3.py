@@ -5,7 +5,6 @@ import json
 import random
 import re
 import threading
-import urllib.request
 
 import pytest
 
@@ -13,10 +12,11 @@ from modelcache_api.reasons import Reason
 from modelcache_fetcher import FetchError, make_plan, run_fetch
 from modelcache_volume import Volume
 from modelcache_volume.v1 import manifest_pb2
+from support.cli import make_folder
 from support.cloud_identity import serve
 from support.fake_buckets import S3Handler
 from support.fetching import contents, options, safetensors_bytes, spec
-from support.object_stores import ACCESS_KEY, SECRET_KEY, moto_server, s3_client
+from support.object_stores import ACCESS_KEY, SECRET_KEY, models_bucket, moto_server
 
 BIG = safetensors_bytes({"a": 17 * 2**20, "b": 2**20 + 5})
 FILES = {"config.json": b"{}", "model.safetensors": BIG, "sub/vocab.txt": b"a\nb\n"}
@@ -30,17 +30,12 @@ def server():
 
 @pytest.fixture
 def s3(server):
-    urllib.request.urlopen(urllib.request.Request(f"{server}/moto-api/reset", method="POST")).close()
-    client = s3_client(server)
-    client.create_bucket(Bucket="models")
-    return client
+    return models_bucket(server)
 
 
 @pytest.fixture
-def bucket(s3):
-    for path, content in FILES.items():
-        s3.put_object(Bucket="models", Key=f"bert/{path}", Body=content)
-    return s3
+def bucket(server):
+    return models_bucket(server, FILES)
 
 
 @pytest.fixture
@@ -165,15 +160,6 @@ def test_multipart_objects_are_unverified_at_source_but_fetched(server, s3, volu
     assert entry.etag.endswith("-4")
 
 
-def folder(tmp_path, files):
-    """What a store of our own serves as a bucket."""
-    root = tmp_path / "bucket"
-    root.mkdir()
-    for name, content in files.items():
-        (root / name).write_bytes(content)
-    return root
-
-
 @pytest.mark.parametrize("stated", ["FULL_OBJECT", "COMPOSITE", "damaged"])
 def test_a_multipart_object_is_compared_only_with_a_checksum_of_the_whole(volume, keys, tmp_path, stated):
     class Store(S3Handler):
@@ -185,7 +171,7 @@ def test_a_multipart_object_is_compared_only_with_a_checksum_of_the_whole(volume
                 "damaged": {**whole, "x-amz-checksum-crc32c": "AAAAAA=="},
             }[stated]
 
-    with serve(Store, root=folder(tmp_path, {"model.safetensors": BIG})) as (store, _):
+    with serve(Store, root=make_folder(tmp_path / "bucket", {"model.safetensors": BIG})) as (store, _):
         if stated == "damaged":
             assert fails(store.url, volume, keys, repo="s3://models").reason is Reason.CHECKSUM_MISMATCH
             return
@@ -224,7 +210,7 @@ def test_an_etag_is_taken_for_an_md5_only_where_s3_says_that_it_is_one(
         def stated(self, file):
             return headers
 
-    with serve(Store, root=folder(tmp_path, {"config.json": content})) as (store, _):
+    with serve(Store, root=make_folder(tmp_path / "bucket", {"config.json": content})) as (store, _):
         if compared is None:
             assert fails(store.url, volume, keys, repo="s3://models").reason is Reason.CHECKSUM_MISMATCH
             return
@@ -255,7 +241,7 @@ def test_a_range_that_is_another_than_the_asked_one_is_not_taken(volume, keys, t
                 self.headers.replace_header("Range", f"bytes={int(asked[1]) - 1}-{asked[2]}")
             super().send_file(source, headers)
 
-    with serve(Store, root=folder(tmp_path, {"vocab.txt": TEXT})) as (store, _):
+    with serve(Store, root=make_folder(tmp_path / "bucket", {"vocab.txt": TEXT})) as (store, _):
         fetch(store.url, volume, keys, repo="s3://models")
     assert shifted
     assert contents(volume, "model")["vocab.txt"] == TEXT
@@ -263,7 +249,7 @@ def test_a_range_that_is_another_than_the_asked_one_is_not_taken(volume, keys, t
 
 @pytest.mark.parametrize("redirected", [False, True])
 def test_an_object_replaced_while_it_is_read_is_never_mixed_with_its_successor(volume, keys, tmp_path, redirected):
-    root = folder(tmp_path, {"vocab.txt": TEXT})
+    root = make_folder(tmp_path / "bucket", {"vocab.txt": TEXT})
     successor = TEXT[::-1]
     replacing = threading.Lock()
 
@@ -296,7 +282,7 @@ def test_what_is_encrypted_with_a_customers_key_is_said(volume, keys, tmp_path):
             else:
                 super().route(path, query)
 
-    with serve(Store, root=folder(tmp_path, {"config.json": b"{}"})) as (store, _):
+    with serve(Store, root=make_folder(tmp_path / "bucket", {"config.json": b"{}"})) as (store, _):
         error = fails(store.url, volume, keys, repo="s3://models")
     assert error.reason is Reason.INVALID_SOURCE
     assert "config.json" in str(error)

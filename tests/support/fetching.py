@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,6 +49,27 @@ def spec(repo_id: str, **fields: Any) -> ModelCacheSpec:
 def options(**fields: Any) -> FetchOptions:
     """Options with impatient limits."""
     return FetchOptions(**{"limits": IMPATIENT, **fields})
+
+
+_SURROUNDINGS = ("AWS_", "GOOGLE_", "GCE_", "HTTP", "ALL_PROXY", "NO_PROXY", "SSL_CERT", "REQUESTS_")
+
+
+def run_program(
+    command: str, spec: Mapping[str, Any], *arguments: str | Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run modelcache-fetch with no proxy, authority or cloud identity but those that the test's environment names."""
+    clean = {key: value for key, value in os.environ.items() if not key.upper().startswith(_SURROUNDINGS)}
+    clean |= {"AWS_CONFIG_FILE": "/none", "AWS_SHARED_CREDENTIALS_FILE": "/none", "MODELCACHE_SPEC": json.dumps(spec)}
+    if "AWS_EC2_METADATA_SERVICE_ENDPOINT" not in environment:
+        clean["AWS_EC2_METADATA_DISABLED"] = "true"
+    return subprocess.run(
+        [sys.executable, "-m", "modelcache_fetcher", command, *map(str, arguments)],
+        env={**clean, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
 def contents(root: Path, name: str) -> dict[str, bytes]:

@@ -12,6 +12,7 @@ import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 
 import boto3
@@ -48,6 +49,16 @@ def s3_client(url: str):
         aws_secret_access_key=SECRET_KEY,
         config=Config(s3={"addressing_style": "path"}),
     )
+
+
+def models_bucket(url: str, files: Mapping[str, bytes] | None = None):
+    """A client for a moto server that has the bucket ``models``, with files under ``bert/``, and nothing else."""
+    urllib.request.urlopen(urllib.request.Request(f"{url}/moto-api/reset", method="POST")).close()
+    client = s3_client(url)
+    client.create_bucket(Bucket="models")
+    for path, content in (files or {}).items():
+        client.put_object(Bucket="models", Key=f"bert/{path}", Body=content)
+    return client
 
 
 @contextlib.contextmanager

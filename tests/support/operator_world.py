@@ -158,6 +158,12 @@ class World:
         self.pod_of(job, phase="Failed" if reason else "Succeeded", exit_code=66 if reason else 0, message=message)
         return job
 
+    def run(self, component, **result):
+        """Reconcile up to a Job, `finish` it, and reconcile again."""
+        self.settle()
+        self.finish(component, **result)
+        self.settle()
+
     def pod_of(self, job, *, phase, exit_code=0, message=None, **status):
         terminated = {"exitCode": exit_code, "message": json.dumps(message)}
         containers = [{"name": "main", "state": {"terminated": terminated}}] if message else []
@@ -183,11 +189,8 @@ class World:
 
     def to_ready(self):
         """The whole way, as it goes when nothing goes wrong."""
-        self.settle()
-        self.finish("plan")
-        self.settle()
-        self.finish("fetch")
-        self.settle()
+        self.run("plan")
+        self.run("fetch")
         if ("Deployment", self.weights) in self.objects:
             self.servers_are_up()
         self.settle()

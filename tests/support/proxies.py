@@ -19,11 +19,43 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 
-class ForwardProxy:
+class _Listener:
+    """Gives each connection to `serve`, in a thread of its own, until it is stopped.
+
+    Attributes:
+        port: On the loopback address.
+        url: Its address.
+    """
+
+    def __init__(self, scheme: str = "http") -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self.url = f"{scheme}://127.0.0.1:{self.port}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def stop(self) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def serve(self, client: socket.socket) -> None:
+        raise NotImplementedError
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                threading.Thread(target=self._guarded, args=(client,), daemon=True).start()
+
+    def _guarded(self, client: socket.socket) -> None:
+        with contextlib.suppress(OSError), client:
+            self.serve(client)
+
+
+class ForwardProxy(_Listener):
     """An HTTP proxy (absolute URLs and CONNECT) that sends each host's requests to an address; 502 for other hosts.
 
     Attributes:
-        url: Its address.
         asked: The first line of each request.
         logins: Values of Proxy-Authorization.
     """
@@ -32,14 +64,9 @@ class ForwardProxy:
         self.asked: list[str] = []
         self.logins: list[str] = []
         self._targets = targets
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        threading.Thread(target=_accept, args=(self._listener, self._serve), daemon=True).start()
+        super().__init__()
 
-    def stop(self) -> None:
-        _close(self._listener)
-
-    def _serve(self, client: socket.socket) -> None:
+    def serve(self, client: socket.socket) -> None:
         head = b""
         while b"\r\n\r\n" not in head:
             data = client.recv(65536)
@@ -67,11 +94,10 @@ class ForwardProxy:
         _relay(client, upstream)
 
 
-class HttpFront:
+class HttpFront(_Listener):
     """Passes requests on to a port of this machine, one on each connection, and can break answers off.
 
     Attributes:
-        url: Its address.
         seen: Method, path and Range header of each request.
         before: Called with method and path before a request is passed on.
         cuts: How many answers with more than `cut_after` bytes are still to be broken off after so many.
@@ -83,14 +109,9 @@ class HttpFront:
         self.cuts = 0
         self.cut_after = 2**20
         self._target = port
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        threading.Thread(target=_accept, args=(self._listener, self._serve), daemon=True).start()
+        super().__init__()
 
-    def stop(self) -> None:
-        _close(self._listener)
-
-    def _serve(self, client: socket.socket) -> None:
+    def serve(self, client: socket.socket) -> None:
         data = b""
         while b"\r\n\r\n" not in data:
             received = client.recv(65536)
@@ -119,27 +140,16 @@ class HttpFront:
                 _relay(client, upstream)
 
 
-class TlsFront:
-    """Accepts TLS for 127.0.0.1 and passes the plain bytes on to a port.
-
-    Attributes:
-        url: Its https address.
-        port: Its port.
-    """
+class TlsFront(_Listener):
+    """Accepts TLS for 127.0.0.1 and passes the plain bytes on to a port."""
 
     def __init__(self, port: int, certificate: Path) -> None:
         self._target = port
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._context.load_cert_chain(certificate)
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
-        self.url = f"https://127.0.0.1:{self.port}"
-        threading.Thread(target=_accept, args=(self._listener, self._serve), daemon=True).start()
+        super().__init__(scheme="https")
 
-    def stop(self) -> None:
-        _close(self._listener)
-
-    def _serve(self, client: socket.socket) -> None:
+    def serve(self, client: socket.socket) -> None:
         with contextlib.suppress(OSError), self._context.wrap_socket(client, server_side=True) as secure:
             _relay(secure, socket.create_connection(("127.0.0.1", self._target)))
 
@@ -178,18 +188,6 @@ def private_certificate(folder: Path, *names: str) -> tuple[Path, Path]:
     return chain, authority
 
 
-def _accept(listener: socket.socket, serve) -> None:
-    with contextlib.suppress(OSError):
-        while True:
-            client, _ = listener.accept()
-            threading.Thread(target=_guarded, args=(serve, client), daemon=True).start()
-
-
-def _guarded(serve, client: socket.socket) -> None:
-    with contextlib.suppress(OSError), client:
-        serve(client)
-
-
 def _relay(one: socket.socket, other: socket.socket) -> None:
     with contextlib.suppress(OSError), other:
         while True:
@@ -202,9 +200,3 @@ def _relay(one: socket.socket, other: socket.socket) -> None:
                 if not data:
                     return
                 (other if source is one else one).sendall(data)
-
-
-def _close(listener: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        listener.shutdown(socket.SHUT_RDWR)
-    listener.close()

@@ -97,11 +97,8 @@ def test_going_back_runs_new_jobs_and_takes_no_old_result_for_a_new_one():
     world = World().to_ready()
     for revision in ("v2", "main", "v2", "main"):
         world.change(revision=revision)
-        world.settle()
-        world.finish("plan")
-        world.settle()
-        world.finish("fetch")
-        world.settle()
+        world.run("plan")
+        world.run("fetch")
         assert world.cr["status"]["revision"]["active"] == COMMITS[revision]
         assert world.conditions == READY
     assert len(world.downloads) == 5
@@ -179,11 +176,8 @@ def test_the_annotation_has_a_failure_tried_again_at_once(component):
     world.settle()
     world.now += 1
     world.annotate("now")
-    world.settle()
-    world.finish("plan")
-    world.settle()
-    world.finish("fetch")
-    world.settle()
+    world.run("plan")
+    world.run("fetch")
     assert world.conditions["Fetched"] == ("True", "Fetched")
 
 
@@ -253,9 +247,7 @@ def test_another_image_in_the_chart_replaces_jobs_that_cannot_pull_the_old_one_a
 
 def test_a_fetch_that_runs_well_goes_on_whatever_else_changes():
     world = World()
-    world.settle()
-    world.finish("plan")
-    world.settle()
+    world.run("plan")
     [job] = world.running("fetch")
     world.pod_of(job, phase="Running")
     world.change(fetch={"env": [{"name": "A", "value": "b"}], "concurrency": 2})
@@ -291,11 +283,8 @@ def test_transient_failures_are_retried_sooner_at_first_and_later_each_time():
 
 def test_a_failed_look_while_a_fetch_waits_for_its_retry_does_not_loop_hot():
     world = World()
-    world.settle()
-    world.finish("plan")
-    world.settle()
-    world.finish("fetch", reason="NoSpace")
-    world.settle()
+    world.run("plan")
+    world.run("fetch", reason="NoSpace")
     world.now += 301
     world.settle()
     world.finish("plan", reason="Unavailable", permanent=False)
@@ -316,9 +305,7 @@ def test_refresh_looks_again_after_the_interval_and_fetches_only_what_moved():
     assert world.conditions == READY
     assert not world.running("fetch")
     world.now += 661
-    world.settle()
-    world.finish("plan", commit="d" * 40)
-    world.settle()
+    world.run("plan", commit="d" * 40)
     assert world.conditions["Ready"][0] == "True"
     assert world.conditions["UpToDate"] == ("False", "Fetching")
     world.finish("fetch", commit="d" * 40, digest="digest-d")
@@ -329,9 +316,7 @@ def test_refresh_looks_again_after_the_interval_and_fetches_only_what_moved():
 def test_a_failed_refresh_keeps_what_is_served_up_to_date_and_says_so():
     world = World(refresh={"interval": "10m"}).to_ready()
     world.now += 700
-    world.settle()
-    world.finish("plan", reason="Unavailable", permanent=False)
-    world.settle()
+    world.run("plan", reason="Unavailable", permanent=False)
     assert world.conditions["Resolved"] == ("False", "Unavailable")
     assert world.conditions["UpToDate"] == ("True", "UpToDate")
     assert "stays in use" in world.message("Resolved")
@@ -339,11 +324,8 @@ def test_a_failed_refresh_keeps_what_is_served_up_to_date_and_says_so():
 
 def test_a_branch_that_moves_during_the_fetch_is_taken_as_it_was_fetched():
     world = World()
-    world.settle()
-    world.finish("plan")
-    world.settle()
-    world.finish("fetch", commit="d" * 40, digest="digest-d")
-    world.settle()
+    world.run("plan")
+    world.run("fetch", commit="d" * 40, digest="digest-d")
     assert not world.running("fetch")
     assert world.cr["status"]["revision"] | {"previous": []} == {
         "requested": "main", "activeRequested": "main", "resolved": "d" * 40, "active": "d" * 40, "short": "d" * 12,
@@ -353,9 +335,7 @@ def test_a_branch_that_moves_during_the_fetch_is_taken_as_it_was_fetched():
 
 def test_a_new_spec_stops_the_fetch_of_the_old_one_and_waits_until_its_pod_is_gone():
     world = World()
-    world.settle()
-    world.finish("plan")
-    world.settle()
+    world.run("plan")
     [old] = world.running("fetch")
     pod = world.pod_of(old, phase="Running")
     world.change(revision="v2")
@@ -390,9 +370,7 @@ def test_suspend_stops_jobs_and_keeps_serving_and_goes_on_afterwards():
     assert world.conditions["Ready"][0] == "True"
     assert not world.running("plan")
     world.change(suspend=False)
-    world.settle()
-    world.finish("plan")
-    world.settle()
+    world.run("plan")
     world.change(suspend=True)
     world.settle()
     assert not world.running("fetch")
@@ -405,11 +383,8 @@ def test_suspend_stops_jobs_and_keeps_serving_and_goes_on_afterwards():
 
 def test_without_servers_pods_mount_the_volume_and_scaling_brings_them_back():
     world = World(server={"replicas": 0})
-    world.settle()
-    world.finish("plan")
-    world.settle()
-    world.finish("fetch")
-    world.settle()
+    world.run("plan")
+    world.run("fetch")
     assert world.conditions["Serving"] == ("False", "MountOnly")
     assert world.conditions["Ready"] == ("True", "MountOnly")
     assert world.conditions["UpToDate"] == ("True", "UpToDate")
@@ -432,9 +407,7 @@ def test_without_servers_pods_mount_the_volume_and_scaling_brings_them_back():
 def test_servers_that_still_announce_the_old_revision_keep_it_from_being_up_to_date():
     world = World().to_ready()
     world.change(revision="v2")
-    world.settle()
-    world.finish("plan")
-    world.settle()
+    world.run("plan")
     world.finish("fetch")
     world.announced = frozenset({"digest-a"})
     world.settle()
@@ -451,16 +424,12 @@ def test_servers_that_still_announce_the_old_revision_keep_it_from_being_up_to_d
 def test_the_volume_grows_for_a_larger_revision_and_never_shrinks():
     world = World().to_ready()
     world.change(revision="v2")
-    world.settle()
-    world.finish("plan", bytes=10 * 2**30)
-    world.settle()
+    world.run("plan", bytes=10 * 2**30)
     assert world.claim()["spec"]["resources"]["requests"]["storage"] == "12Gi"
     world.finish("fetch", bytes=10 * 2**30)
     world.settle()
     world.change(revision="main")
-    world.settle()
-    world.finish("plan", bytes=2**20)
-    world.settle()
+    world.run("plan", bytes=2**20)
     assert world.claim()["spec"]["resources"]["requests"]["storage"] == "12Gi"
 
 
@@ -522,9 +491,7 @@ def test_a_size_that_the_class_refuses_is_said_although_all_is_well():
 
 def test_the_users_size_counts_and_raising_it_during_a_fetch_does_not_stop_it():
     world = World(storage={"size": "5Gi"})
-    world.settle()
-    world.finish("plan")
-    world.settle()
+    world.run("plan")
     assert world.claim()["spec"]["resources"]["requests"]["storage"] == "5Gi"
     [job] = world.running("fetch")
     world.change(storage={"size": "7Gi"})
@@ -564,9 +531,7 @@ def test_a_volume_that_is_replaced_behind_our_back_holds_nothing():
 
 def test_an_existing_claim_is_used_and_never_written():
     world = World(storage={"existingClaim": "mine"})
-    world.settle()
-    world.finish("plan")
-    world.settle()
+    world.run("plan")
     assert world.conditions["Fetched"] == ("False", "ClaimNotFound")
     mine = world.add(
         {
@@ -605,9 +570,7 @@ def test_the_volume_of_the_one_that_had_the_name_before_is_waited_for():
     old = World().to_ready().claim()
     old["metadata"]["ownerReferences"][0]["uid"] = "cr-0"
     world.objects["PersistentVolumeClaim", "bert-weights"] = old
-    world.settle()
-    world.finish("plan")
-    world.settle()
+    world.run("plan")
     assert world.conditions["Fetched"] == ("False", "VolumeTerminating")
     world.objects.pop(("PersistentVolumeClaim", "bert-weights"))
     world.settle()
@@ -631,9 +594,7 @@ def test_a_stranger_with_our_name_is_not_touched(kind, name, condition):
     spec = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}, "template": {}}
     stranger = world.add({"apiVersion": "v1", "kind": kind, "metadata": {"name": name}, "spec": spec})
     before = dict(stranger)
-    world.settle()
-    world.finish("plan")
-    world.settle()
+    world.run("plan")
     if condition == "Serving":
         world.finish("fetch")
         world.settle()
@@ -755,9 +716,7 @@ def test_a_quota_that_only_events_tell_of_is_the_reason():
 
 def test_a_volume_that_cannot_be_mounted_is_the_reason_for_jobs_and_for_servers():
     world = World()
-    world.settle()
-    world.finish("plan")
-    world.settle()
+    world.run("plan")
     [job] = world.running("fetch")
     pod = world.pod_of(job, phase="Pending")
     world.warnings[pod["metadata"]["uid"]] = ['MountVolume.SetUp failed for volume "ca": configmap "x" not found']
@@ -777,28 +736,21 @@ def test_a_volume_that_cannot_be_mounted_is_the_reason_for_jobs_and_for_servers(
 def test_snapshots_that_readers_hold_are_waited_for():
     world = World().to_ready()
     world.change(revision="v2")
-    world.settle()
-    world.finish("plan")
-    world.settle()
+    world.run("plan")
     world.finish("fetch", reason="SpaceHeldByReaders", permanent=False)
     decision = world.settle()
     assert world.conditions["Fetched"] == ("False", "SpaceHeldByReaders")
     assert world.conditions["Ready"] == ("True", "Serving")
     assert decision.requeue_after <= 30
     world.now += 31
-    world.settle()
-    world.finish("plan")
-    world.settle()
-    world.finish("fetch")
-    world.settle()
+    world.run("plan")
+    world.run("fetch")
     assert world.conditions == READY
 
 
 def test_an_evicted_or_killed_pod_of_a_running_job_is_told_and_the_job_goes_on():
     world = World()
-    world.settle()
-    world.finish("plan")
-    world.settle()
+    world.run("plan")
     [job] = world.running("fetch")
     world.pod_of(job, phase="Failed", reason="Evicted")
     world.settle()
@@ -809,11 +761,8 @@ def test_an_evicted_or_killed_pod_of_a_running_job_is_told_and_the_job_goes_on()
 def test_token_access_gives_the_servers_the_clusters_keys():
     access = {"mode": "Token", "serviceAccounts": [{"name": "app"}, {"namespace": "other", "name": "job"}]}
     world = World(server={"access": access})
-    world.settle()
-    world.finish("plan")
-    world.settle()
-    world.finish("fetch")
-    world.settle()
+    world.run("plan")
+    world.run("fetch")
     assert world.conditions["Serving"] == ("False", "KeySetUnavailable")
     assert world.names("Deployment") == []
     world.keys = TokenKeys("https://issuer", '{"keys": []}')
