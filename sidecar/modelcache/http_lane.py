@@ -31,6 +31,8 @@ CONNECT_SECONDS: Final = 5.0
 _HEADER_BYTES: Final = 16 * 2**10
 _FIRST_READ: Final = 1024
 _IDLE_PER_SERVER: Final = 8
+# A receiver that is woken for each 64 KiB segment spends a quarter more CPU than one that is woken for each of these.
+_WAKE_BYTES: Final = 512 * 2**10
 
 
 class Server(NamedTuple):
@@ -66,6 +68,7 @@ class HttpStream:
         self._deadline = deadline
         self._left = 0
         self._early = memoryview(b"")
+        self._wakes_at = 1
         deadline.cancellation.attach(self)
 
     def request(self, target: str, host: str, offset: int, length: int, token: str | None) -> None:
@@ -121,6 +124,7 @@ class HttpStream:
         """Gives the connection back for the next request, or closes it when the body was not read to its end."""
         self._deadline.cancellation.detach(self)
         if self._left == 0 and not self._early and not self._deadline.cancellation.cancelled:
+            self._wake_at(1)
             self._lane.give_back(self.server, self._socket)
         else:
             self._socket.close()
@@ -132,7 +136,10 @@ class HttpStream:
 
     def _receive(self, view: memoryview) -> int:
         if not isinstance(self._socket, ssl.SSLSocket):
-            return self._socket.recv_into(view, len(view), socket.MSG_WAITALL)
+            # The kernel would wait for ever for bytes beyond the response's end, so the last ones come as they come.
+            many = min(len(view), self._left - _WAKE_BYTES)
+            self._wake_at(_WAKE_BYTES if many > 0 else 1)
+            return self._socket.recv_into(view, many if many > 0 else len(view), socket.MSG_WAITALL)
         received = 0
         while received < len(view):  # One TLS record, 16 KiB, at a time.
             count = self._socket.recv_into(view[received:])
@@ -140,6 +147,12 @@ class HttpStream:
                 break
             received += count
         return received
+
+    def _wake_at(self, nbytes: int) -> None:
+        """Has the kernel wake this thread when so many bytes are there (SO_RCVLOWAT), or the connection ended."""
+        if nbytes != self._wakes_at:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, nbytes)
+            self._wakes_at = nbytes
 
     def _head(self) -> tuple[int, dict[str, str], memoryview]:
         received = bytearray()

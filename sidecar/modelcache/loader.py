@@ -1,8 +1,9 @@
-"""Loads components in background threads: two at a time, the most urgent first, each at most once."""
+"""Loads components in background threads, the most urgent first, each at most once."""
 
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,15 @@ if TYPE_CHECKING:
     from modelcache.plan import Layout, Run, Stored
     from modelcache.reader import Source
 
-__all__ = ["Load", "Loader", "assemble", "tensor_at"]
+__all__ = ["Load", "Loader", "assemble", "default_workers", "tensor_at"]
+
+
+def default_workers() -> int:
+    """How many connections read at once: two, or one where there are two cores or fewer.
+
+    A connection keeps a core busy with receiving and checking, which the computation needs too.
+    """
+    return 2 if len(os.sched_getaffinity(0)) > 2 else 1
 
 
 class Load:
@@ -163,7 +172,7 @@ class Loader:
         self,
         pool: SlabPool,
         *,
-        workers: int = 2,
+        workers: int,
         name: str = "modelcache",
         step_bytes: int = STEP_BYTES,
         move: Callable[[list[torch.Tensor]], list[torch.Tensor]] | None = None,

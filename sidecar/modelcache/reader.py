@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["SMALL_STEP_BYTES", "STEP_BYTES", "Source", "read_run"]
 
-# One system call, and one turn at the interpreter lock: a busy main thread gives it up only each 5 ms.
-STEP_BYTES: Final = BLOCK_BYTES
+# One system call, and one turn at the interpreter lock: a busy main thread gives it up only each 5 ms. The layer of a
+# base model is two or three of these.
+STEP_BYTES: Final = 4 * BLOCK_BYTES
 # Where nothing computes meanwhile and nobody else fills the pause: checked while it is still in the core's own cache,
 # and before the connection's buffers fill up, so that the sender never waits for a checksum.
 SMALL_STEP_BYTES: Final = 256 * 2**10

@@ -22,7 +22,7 @@ from modelcache.errors import Cancelled
 from modelcache.hooks import guard, stream_block, time_calls
 from modelcache.layers import LayerPolicy
 from modelcache.lease import LeaseKeeper
-from modelcache.loader import Load, Loader
+from modelcache.loader import Load, Loader, default_workers
 from modelcache.plan import guess_components, lay_out, select_tensors
 from modelcache.pretrained import load_pretrained
 from modelcache.process import budget, pool
@@ -437,7 +437,9 @@ class StreamingModel:
     def _build(self, snapshot: PinnedSnapshot) -> _Session:
         source = local_volume(snapshot, os.environ) or snapshot
         tensors = select_tensors(snapshot.manifest, **self._where)
-        loader = Loader(pool, name=f"modelcache-{self.model_name}", move=copier(self._device))
+        loader = Loader(
+            pool, workers=default_workers(), name=f"modelcache-{self.model_name}", move=copier(self._device)
+        )
         try:
             begun = self._read_ahead(source, tensors, loader)
             return self._construct(snapshot, source, tensors, loader, begun)

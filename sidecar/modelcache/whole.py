@@ -11,11 +11,11 @@ from tqdm.auto import tqdm
 
 from modelcache.architecture import Binding, Component
 from modelcache.connection import connect
-from modelcache.loader import Load, Loader, tensor_at
-from modelcache.plan import lay_out, select_tensors
+from modelcache.loader import Load, Loader, default_workers, tensor_at
+from modelcache.plan import BLOCK_BYTES, lay_out, select_tensors
 from modelcache.pretrained import load_pretrained
 from modelcache.process import pool
-from modelcache.reader import SMALL_STEP_BYTES, STEP_BYTES
+from modelcache.reader import SMALL_STEP_BYTES
 from modelcache.sketch import Leaf
 from modelcache.volume_lane import local_volume
 
@@ -149,8 +149,8 @@ def _load(
     if volume is not None and all(tensor.can_be_mapped for tensor in tensors):
         return _map(volume, tensors, bar, verify=verify)
     source = volume or pinned
-    workers = connections or (2 if len(os.sched_getaffinity(0)) > 2 else 1)
-    step = SMALL_STEP_BYTES if workers == 1 else STEP_BYTES
+    workers = connections or default_workers()
+    step = SMALL_STEP_BYTES if workers == 1 else BLOCK_BYTES
     loader = Loader(pool, workers=workers, name=f"modelcache-load-{name}", step_bytes=step)
     begun: list[tuple[Component, Load]] = []
     found: dict[str, torch.Tensor] = {}
