@@ -200,6 +200,25 @@ def test_malformed_reads_get_the_right_code_and_no_foreign_byte(server):
     fuzz_grpc(server, FEW, seed=2)
 
 
+def test_bytes_that_are_no_call_do_the_grpc_port_no_harm(server):
+    running_server, digest = server
+    pick = random.Random(5)
+    preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+    for number in range(300):
+        noise = pick.randbytes(pick.randrange(1, 2000))
+        with socket.create_connection((HOST, running_server.addresses.grpc), timeout=20) as client:
+            try:
+                client.sendall((b"GET / HTTP/1.1\r\n\r\n", noise, preface + noise)[number % 3])
+                client.shutdown(socket.SHUT_WR)
+                while client.recv(65536):
+                    pass
+            except (ConnectionResetError, BrokenPipeError):
+                pass
+    with running_server.stub() as stub:
+        request = weights_pb2.ReadRequest(digest=digest, ranges=[weights_pb2.Range(path="small.bin", length=5000)])
+        assert read(stub, request) == FILES["small.bin"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_hundred_thousand_malformed_http_requests(server):

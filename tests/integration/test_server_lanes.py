@@ -1,6 +1,8 @@
 """The bytes that leave the server, over both lanes."""
 
+import hashlib
 import http.client
+import json
 import socket
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from modelcache_volume import BLOCK_BYTES
 from modelcache_wire.framing import join_manifest
-from modelcache_wire.v1 import weights_pb2
+from modelcache_wire.v1 import weights_pb2, weights_pb2_grpc
 from support.server_volume import (
     HOST,
     MIB,
@@ -25,6 +27,7 @@ from support.server_volume import (
     running,
     wait_until,
 )
+from support.serving import ServerProcess
 
 BIG = random_bytes(3 * BLOCK_BYTES + 12345, 1)
 FILES = {
@@ -76,6 +79,8 @@ def test_every_file_arrives_whole_over_both_lanes(server, stub, digest, path):
     assert (answer.status, answer.body) == (200, FILES[path])
     assert answer.headers["content-length"] == str(len(FILES[path]))
     assert answer.headers["accept-ranges"] == "bytes"
+    assert answer.headers["cache-control"] == "public, max-age=31536000, immutable"
+    assert answer.headers["etag"] == f'"{hashlib.sha256(FILES[path]).hexdigest()}"'
     assert read_all(stub, digest, (path, 0, len(FILES[path]))) == FILES[path]
 
 
@@ -183,6 +188,29 @@ def test_request_ids_come_back_and_hostile_ones_are_replaced(server, stub, diges
     assert server.file(digest, "config.json", X_Request_Id='a" evil').headers["x-request-id"] != 'a" evil'
     call = stub.GetRevision.with_call(weights_pb2.GetRevisionRequest(), metadata=(("x-request-id", "my-id-2"),))[1]
     assert ("x-request-id", "my-id-2") in [(item.key, item.value) for item in call.trailing_metadata()]
+
+
+def test_every_request_has_a_line_of_json_in_the_log_with_its_id(root, digest):
+    with ServerProcess.over(root, "--cache-size", "64Mi") as program:
+        connection = http.client.HTTPConnection(HOST, program.http_port)
+        for name, path in (("id-1", "big.bin"), ("id-2", "nope")):
+            connection.request("GET", f"/v1/snapshots/{digest}/{path}", headers={"X-Request-Id": name})
+            connection.getresponse().read()
+        connection.close()
+        with grpc.insecure_channel(program.address) as channel:
+            stub = weights_pb2_grpc.WeightsStub(channel)
+            stub.GetRevision(weights_pb2.GetRevisionRequest(), metadata=(("x-request-id", "id-3"),))
+        program.wait_for('"id-3"')
+        lines = {line.get("request_id"): line for line in map(json.loads, program.output.splitlines())}
+    told = {key: [line[field] for field in ("lane", "method", "code", "reason")] for key, line in lines.items() if key}
+    assert told == {
+        "id-1": ["http", "GET", "200", ""],
+        "id-2": ["http", "GET", "404", "NO_SUCH_FILE"],
+        "id-3": ["grpc", "GetRevision", "OK", ""],
+    }
+    assert lines["id-1"]["bytes"] >= len(BIG)
+    assert lines["id-1"]["seconds"] >= 0
+    assert lines["id-1"]["client"] == HOST
 
 
 def test_the_manifest_comes_by_digest_ref_or_commit(server, stub, digest):
