@@ -75,12 +75,15 @@ class Reader:
         namespace = observed.cr["metadata"]["namespace"]
         pods: Sequence[Object] = ()
         is_in_motion = _is_in_motion(observed)
+        is_token = observed.spec.server.access.mode == "Token"
+        has_key_set = is_token or _verifies_tokens(observed.deployment)
+        if not is_in_motion and not has_key_set:
+            return observed
         if is_in_motion:
             pods = await self._kube.list(PODS, namespace, labels=selector)
-        is_token = observed.spec.server.access.mode == "Token"
         keys = await self._token_keys() if is_token else None
         key_set = None
-        if is_token or _verifies_tokens(observed.deployment):
+        if has_key_set:
             key_set = await self._get(CONFIG_MAPS, namespace, names.keys_name(observed.name))
         warnings = {}
         if is_in_motion:

@@ -115,6 +115,34 @@ def product_image(target: str) -> Image:
     return Image(name, made / "image.tar")
 
 
+def newer_image(image: Image) -> Image:
+    """The same files with another label, and so another digest: a release in which little has changed."""
+    name = f"{image.name}-newer"
+
+    def make(new: Path) -> None:
+        with tarfile.open(image.archive) as old, tarfile.open(new / "image.tar", "w") as archive:
+            [manifest] = json.loads(content_of(old, "manifest.json"))
+            config = json.loads(content_of(old, manifest["Config"]))
+            config["config"]["Labels"] = {**(config["config"].get("Labels") or {}), "newer": "true"}
+            changed = json.dumps(config).encode()
+            rewritten = {manifest["Config"], "manifest.json", "repositories"}
+            for member in old:
+                if member.name not in rewritten:
+                    archive.addfile(member, old.extractfile(member) if member.isfile() else None)
+            manifest |= {"Config": f"{hashlib.sha256(changed).hexdigest()}.json", "RepoTags": [name]}
+            add_file(archive, manifest["Config"], changed)
+            add_file(archive, "manifest.json", json.dumps([manifest]).encode())
+
+    return Image(name, cached("images", f"newer-{image.name.rpartition(':')[2]}", make) / "image.tar")
+
+
+def content_of(archive: tarfile.TarFile, name: str) -> bytes:
+    file = archive.extractfile(name)
+    if file is None:
+        raise ClusterError(f"{name} is no file in {archive.name}")
+    return file.read()
+
+
 def copy_context(context: Path) -> list[str]:
     """Copies the files of the build into a folder; returns their names."""
     listed = subprocess.run(
@@ -205,10 +233,14 @@ def write_archive(path: Path, name: str, layer: Path, config: dict[str, object])
     manifest = [{"Config": config_name, "RepoTags": [name], "Layers": ["layer.tar"]}]
     with tarfile.open(path, "w") as archive:
         archive.add(layer, "layer.tar", filter=plain)
-        for entry, content in ((config_name, image), ("manifest.json", json.dumps(manifest).encode())):
-            info = tarfile.TarInfo(entry)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
+        add_file(archive, config_name, image)
+        add_file(archive, "manifest.json", json.dumps(manifest).encode())
+
+
+def add_file(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    archive.addfile(info, io.BytesIO(content))
 
 
 def plain(info: tarfile.TarInfo) -> tarfile.TarInfo:

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from cluster.kubectl import condition
+from cluster.kubectl import KubectlError, condition
 from cluster.node import wait_until
 from cluster.product import MODELS, SYSTEM, Model, children, install, operator_down
 from cluster.workloads import claim, container, deployment, pod, pod_spec
@@ -206,6 +206,14 @@ def test_an_image_that_cannot_be_pulled_is_named_and_heals_when_it_is_there(
         install(kubectl, installed, "--force-conflicts")  # the field is kubectl's now, for the API server
 
 
+def can_be_asked(hub):
+    try:
+        hub.count()
+    except KubectlError:
+        return False
+    return True
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("component", "how"),
@@ -225,6 +233,8 @@ def test_a_component_that_breaks_during_the_fetch(component, how, installed, men
         machine_cluster.start_component(component)
     else:
         machine_cluster.restart_component(component)
+    # a kubelet that has just started knows no pods yet, and runs nothing in them
+    wait_until("the hub can be asked", 60, lambda: can_be_asked(hub))
     downloads = hub.count("/files/org/slow/*")
     hub.mend()
     model.wait(seconds=240)

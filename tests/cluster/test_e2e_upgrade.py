@@ -2,6 +2,7 @@
 
 import json
 
+from cluster.images import newer_image, product_image
 from cluster.kubectl import condition
 from cluster.product import MODELS, SYSTEM, Model, install, reader, run_helm
 
@@ -24,6 +25,13 @@ def image_of(found):
     return found["spec"]["template"]["spec"]["containers"][0]["image"]
 
 
+def running_image(namespace):
+    """The digest of the image that the newest server runs."""
+    pods = namespace.list("pods", "modelcache.io/name=bert,modelcache.io/component=server")
+    newest = max(pods, key=lambda pod: pod["metadata"]["creationTimestamp"])
+    return newest["status"]["containerStatuses"][0]["imageID"]
+
+
 def test_an_upgrade_and_a_rollback_fetch_nothing_again_and_no_read_fails(
     installed, hub, namespace, kubectl, machine_cluster
 ):
@@ -36,8 +44,9 @@ def test_an_upgrade_and_a_rollback_fetch_nothing_again_and_no_read_fails(
     asked = hub.count("*")
     jobs = {job["metadata"]["uid"] for job in namespace.list("jobs")}
     claim = namespace.get("pvc", "bert-weights")["metadata"]["uid"]
-    newer = f"{installed}-newer"
-    machine_cluster.tag(installed, newer)
+    newer_archive = newer_image(product_image("runtime"))
+    machine_cluster.load(newer_archive)
+    newer, before = newer_archive.name, running_image(namespace)
 
     def rolled(image):
         def done(found):
@@ -51,8 +60,10 @@ def test_an_upgrade_and_a_rollback_fetch_nothing_again_and_no_read_fails(
 
     install(kubectl, newer)
     namespace.wait_for("deployment", "bert-weights", rolled(newer), seconds=120)
+    assert running_image(namespace) != before, "another image, not the same one under another name"
     run_helm(kubectl, "rollback", "modelcache", f"--namespace={SYSTEM}", "--wait", "--timeout=120s")
     namespace.wait_for("deployment", "bert-weights", rolled(installed), seconds=120)
+    assert running_image(namespace) == before
     assert condition(model.wait(), "Ready")["status"] == "True"
 
     run_helm(kubectl, "uninstall", "modelcache", f"--namespace={SYSTEM}", "--wait", "--timeout=60s")

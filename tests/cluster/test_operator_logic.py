@@ -133,6 +133,28 @@ def test_drift_and_deletions_are_repaired_and_a_deleted_claim_is_filled_anew(ser
         model.wait_for(UpToDate="True", Ready="True")
 
 
+@pytest.mark.parametrize("component", ["plan", "fetch"])
+def test_a_running_job_that_somebody_deletes_is_made_anew(server, node, namespace, tmp_path, component):
+    node.hold.add(component)
+    try:
+        with operator(server, tmp_path, MODELCACHE_LEASE_NAME=""):
+            model = ModelCache(server, namespace)
+
+            def job():
+                return next(
+                    (o for (k, n), o in model.children().items() if k == "jobs" and f"-{component}-" in n), None
+                )
+
+            first = wait_until(job)
+            path = f"/apis/batch/v1/namespaces/{namespace}/jobs/{first['metadata']['name']}"
+            server.request("DELETE", path, {"propagationPolicy": "Background"})
+            wait_until(lambda: (found := job()) and found["metadata"]["uid"] != first["metadata"]["uid"])
+            node.hold.discard(component)
+            model.wait_for(UpToDate="True")
+    finally:
+        node.hold.discard(component)
+
+
 def test_a_foreign_deployment_is_not_touched(server, node, namespace, tmp_path):
     pods = {"metadata": {"labels": {"a": "b"}}, "spec": {"containers": [{"name": "c", "image": "theirs"}]}}
     path = f"/apis/apps/v1/namespaces/{namespace}/deployments"
