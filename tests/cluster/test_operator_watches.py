@@ -34,6 +34,11 @@ def reconciles(running):
     return running.metric(RECONCILES).get(f'{RECONCILES}{{result="ok"}}', 0)
 
 
+def restart(server):
+    server.kill()
+    server.start()
+
+
 def repaired(server):
     try:
         server.get(SERVICE)
@@ -44,20 +49,20 @@ def repaired(server):
 
 def test_what_went_and_changed_while_nobody_listened_is_repaired(server, running):
     running.process.send_signal(signal.SIGSTOP)
+    restart(server)  # or the events would wait in the connections
     server.delete(SERVICE)
     server.merge(DEPLOYMENT, {"spec": {"replicas": 3}})
-    server.kill()
-    server.start()  # it knows nothing of what happened before, so that no watch can go on where it was
+    restart(server)  # it knows nothing of what happened before, so that no watch can go on where it was
     running.process.send_signal(signal.SIGCONT)
     wait_until(lambda: repaired(server))
+    assert "too old resource version" in running.log.read_text()
     # m2 is as it was; the other two are looked at for the change, and again for what was written
     wait_until(lambda: reconciles(running) >= 5)
     assert "m2" not in running.log.read_text()
 
 
 def test_watches_go_on_after_a_restart_of_the_api_server(server, running):
-    server.kill()
-    server.start()
+    restart(server)
     server.delete(SERVICE)
     server.merge(DEPLOYMENT, {"spec": {"replicas": 3}})
     wait_until(lambda: repaired(server))
