@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,7 +20,7 @@ import pytest
 
 from cluster.diagnosis import write_diagnosis
 from cluster.given import GivenCluster, named_image
-from cluster.images import product_image
+from cluster.images import TARGETS, product_image
 from cluster.kubectl import Kubectl
 from cluster.machine import MachineCluster
 from cluster.node import state_root
@@ -86,15 +87,24 @@ def python_image(cluster: Cluster) -> str:
 
 
 @pytest.fixture(scope="session")
-def runtime_image(cluster: Cluster) -> str:
-    """The product's image for operator, Jobs and server."""
-    return load_product(cluster, "runtime")
+def loading(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[dict[str, Future[str]]]:
+    """The product's images that tests of this run use, on their way into the cluster beside what is done meanwhile."""
+    used = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        targets = [target for target in TARGETS if f"{target}_image" in used]
+        yield {target: pool.submit(load_product, cluster, target) for target in targets}
 
 
 @pytest.fixture(scope="session")
-def client_image(cluster: Cluster) -> str:
+def runtime_image(loading: dict[str, Future[str]]) -> str:
+    """The product's image for operator, Jobs and server."""
+    return loading["runtime"].result()
+
+
+@pytest.fixture(scope="session")
+def client_image(loading: dict[str, Future[str]]) -> str:
     """The product's image with the client library and torch."""
-    return load_product(cluster, "client")
+    return loading["client"].result()
 
 
 def load_product(cluster: Cluster, target: str) -> str:
