@@ -136,20 +136,32 @@ def test_the_curl_example(small, tmp_path):
     assert digest.split() == [hashlib.sha256(content).hexdigest(), "model.safetensors"]
 
 
-def test_https_with_an_authority_of_its_own(small, tmp_path):
-    root = small[0].server.settings.root
+SNAPSHOT = (
+    "import sys, huggingface_hub\n"
+    "huggingface_hub.snapshot_download(sys.argv[1], local_dir=sys.argv[2])\n"
+    "print(huggingface_hub.__version__)\n"
+)
+HUBS = {NEWEST: "2.", "hub-1": "1.33.", "hub-0_34": "0.34."}
+
+
+@pytest.mark.parametrize(
+    "version", [version if version == NEWEST else pytest.param(version, marks=pytest.mark.slow) for version in HUBS]
+)
+def test_https_with_an_authority_of_its_own(small, tmp_path, version):
     certificate, key = write_certificate(tmp_path)
     trusts = {"SSL_CERT_FILE": str(certificate), "REQUESTS_CA_BUNDLE": str(certificate)}
-    with running(root, name=NAME, tls=TlsSettings(certificate, key)) as server:
+    command = [interpreter(version), "-c", SNAPSHOT, REPO]
+    with running(small[0].server.settings.root, name=NAME, tls=TlsSettings(certificate, key)) as server:
         endpoint = f"https://127.0.0.1:{server.addresses.http}"
-        done = run(endpoint, ["hf", "download", REPO, "--local-dir", "model"], tmp_path, **trusts)
+        done = run(endpoint, [*command, "model"], tmp_path, **trusts)
         assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.startswith(HUBS[version])
+        refused = run(endpoint, [*command, "nothing"], tmp_path)
+        assert refused.returncode != 0
+        assert "CERTIFICATE_VERIFY_FAILED" in refused.stdout + refused.stderr
         url = f"{endpoint}/{REPO}/resolve/main/config.json"
         read = subprocess.run([*CURL, "--cacert", certificate, url], capture_output=True, check=True, timeout=60)
         assert read.stdout == FILES["config.json"]
-        refused = run(endpoint, ["hf", "download", REPO, "--local-dir", "nothing"], tmp_path)
-        assert refused.returncode != 0
-        assert "CERTIFICATE_VERIFY_FAILED" in refused.stdout + refused.stderr
     for path, content in FILES.items():
         assert (tmp_path / "model" / path).read_bytes() == content
     assert not (tmp_path / "nothing" / "config.json").exists()

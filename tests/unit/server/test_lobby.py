@@ -123,3 +123,44 @@ def test_a_stop_closes_who_waits():
             assert answer(client)
         assert server.connections == 0
         assert client.recv(1) == b""
+
+
+def test_those_who_wait_are_answered_in_the_order_of_arrival():
+    order = []
+    begun, release = threading.Event(), threading.Event()
+
+    def app(request: Request, _client: str) -> Reply:
+        order.append(int(request.path[1:]))
+        if request.path == "/0":
+            begun.set()
+            release.wait(20)
+        return Reply(200)
+
+    with serving(app) as (_, port), ExitStack() as to_close:
+        clients = [connected(port, to_close) for _ in range(50)]
+        for number, client in enumerate(clients):
+            client.sendall(HEAD.replace(b" / ", b" /%d " % number))
+            if not number:
+                assert begun.wait(20)
+        release.set()
+        assert all(answer(client) for client in clients)
+    assert order == list(range(50))
+
+
+def test_a_thread_that_answered_at_length_is_used_again():
+    names = set()
+
+    def app(request: Request, _client: str) -> Reply:
+        names.add(threading.current_thread().ident)
+        if request.path == "/slow":
+            time.sleep(0.15)  # longer than a thread may be stuck
+        return Reply(200)
+
+    with serving(app) as (_, port), ExitStack() as to_close:
+        slow, quick = connected(port, to_close), connected(port, to_close)
+        for _ in range(5):
+            slow.sendall(HEAD.replace(b" / ", b" /slow "))
+            quick.sendall(HEAD)
+            assert answer(quick)
+            assert answer(slow)
+    assert len(names) <= 3
