@@ -6,6 +6,7 @@ one would only fight it for that lock. Whoever is about to do something that may
 """
 
 import functools
+import logging
 import os
 import select
 import socket
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 
 from modelcache_server.http_connection import HttpConnection
 
+_log = logging.getLogger(__name__)
 _AT_ONCE = 64  # guests that one look at the kernel brings
 _STUCK_SECONDS = 0.05  # without a turn, though somebody waits for one
 _LOOK_SECONDS = 0.25  # between two looks at deadlines
@@ -87,16 +89,20 @@ class Lobby:
         os.close(self._end)
 
     def _hand_on(self) -> None:
-        """Have another thread take the turns."""
-        if self._turn is not None:
-            self._turn.over = True
-        self._turn = None
+        """Have another thread take the turns; the one that has them keeps them where no other can be started."""
         if self._spare:
             self._changed.notify()
         else:
             thread = threading.Thread(target=self._run, name=f"{self._name}-turn", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                _log.warning("connections wait for each other lane=%s: %s", self._name, error)
+                return
             self._threads.add(thread)
-            thread.start()
+        if self._turn is not None:
+            self._turn.over = True
+            self._turn = None
 
     def _step_aside(self, turn: _Turn) -> None:
         if not turn.over:
@@ -141,10 +147,13 @@ class Lobby:
         while not self._closed.is_set():
             if ready.poll(_LOOK_SECONDS * 1000) or self._next:
                 before = self._taken
-                self._closed.wait(_STUCK_SECONDS)
+                if self._closed.wait(_STUCK_SECONDS):
+                    return
                 if self._taken == before and (self._next or ready.poll(0)):
                     with self._changed:
-                        self._hand_on()
+                        on_its_way = self._turn is None and self._threads
+                        if not (on_its_way or self._closing):
+                            self._hand_on()
             now = time.monotonic()
             if now >= next_look:
                 next_look = now + _LOOK_SECONDS

@@ -164,3 +164,24 @@ def test_a_thread_that_answered_at_length_is_used_again():
             assert answer(quick)
             assert answer(slow)
     assert len(names) <= 3
+
+
+def test_where_no_other_thread_can_be_started_the_one_there_goes_on(monkeypatch):
+    def app(request: Request, _client: str) -> Reply:
+        if request.path == "/slow":
+            time.sleep(0.15)  # longer than a thread may be stuck
+        return Reply(200)
+
+    def refuses(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with serving(app) as (_, port), ExitStack() as to_close:
+        slow, quick = connected(port, to_close), connected(port, to_close)
+        slow.sendall(HEAD)
+        assert answer(slow)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuses)
+            slow.sendall(HEAD.replace(b" / ", b" /slow "))
+            quick.sendall(HEAD)
+            assert answer(quick)
+            assert answer(slow)
