@@ -17,14 +17,13 @@ from kubernetes.aio.client import Configuration
 from modelcache_operator import children, handlers, logs, metrics, rights
 from modelcache_operator.asking import Pods
 from modelcache_operator.children import Children
-from modelcache_operator.controller import Controller, Key
+from modelcache_operator.controller import Controller
 from modelcache_operator.errors import ApiError, ApiUnreachable, LeadershipLost, OperatorError
 from modelcache_operator.kube import MODEL_CACHES, Kube, load_configuration
 from modelcache_operator.lease import Election
 from modelcache_operator.metrics import Metrics
 from modelcache_operator.reading import Reader
 from modelcache_operator.settings import Settings, from_environment
-from modelcache_operator.workqueue import WorkQueue
 
 log = logging.getLogger("modelcache_operator")
 
@@ -142,7 +141,6 @@ async def _lead(
 
     # before kopf: it cancels what is younger than itself
     following = asyncio.create_task(around.follow())
-    beginning = asyncio.create_task(_begin(around, kube, controller.queue, settings))
     workers = [asyncio.create_task(work()) for _ in range(settings.workers)]
     stopping = asyncio.create_task(stop.wait())
     kopf_stop, kopf_ready = asyncio.Event(), asyncio.Event()
@@ -173,23 +171,11 @@ async def _lead(
                 raise OperatorError("a watch ended by itself")
     finally:
         shown.leading.set(0)
-        await _cancel(*workers, following, beginning, stopping, reclaiming)
+        await _cancel(*workers, following, stopping, reclaiming)
         controller.queue.close()
         kopf_stop.set()
         if not (holding is not None and holding.done()):
             await asyncio.wait([watching], timeout=10)
-
-
-async def _begin(around: Children, kube: Kube, queue: WorkQueue[Key], settings: Settings) -> None:
-    """Put every ModelCache into the queue; kopf, which looks at the whole API first, would bring them later."""
-    await around.placed.wait()
-    try:
-        for namespace in settings.namespaces or (None,):
-            found, _ = await kube.list_metadata(MODEL_CACHES, namespace)
-            for model_cache in found:
-                queue.add((model_cache["metadata"]["namespace"], model_cache["metadata"]["name"]))
-    except (ApiError, ApiUnreachable) as error:
-        log.warning("they are reconciled when kopf has listed them: %s", error)
 
 
 async def _wait_for_api(kube: Kube, settings: Settings) -> None:

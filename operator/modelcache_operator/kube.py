@@ -153,12 +153,10 @@ class Kube:
         return _version(await self._call("list", resource.plural, "GET", path, query, accept=_LIST_OF_METADATA))
 
     async def list_metadata(
-        self, resource: Resource, namespace: str | None, *, labels: str = ""
+        self, resource: Resource, namespace: str | None, *, labels: str
     ) -> tuple[Sequence[Object], str]:
         """List nothing but metadata, in pages, and from where a watch goes on."""
-        query = {"limit": str(PAGE)}
-        if labels:
-            query["labelSelector"] = labels
+        query = {"limit": str(PAGE), "labelSelector": labels}
         found: list[Object] = []
         while True:
             path = resource.path(namespace)
