@@ -84,7 +84,9 @@ class LayerPolicy:
 
     def evictions(self) -> list[str]:
         """Layers to drop now so that the limits hold, those needed last first; they are forgotten."""
-        dropped = []
+        dropped: list[str] = []
+        if not self._over():
+            return dropped
         distance = self._distances()
         far = len(self.sizes) + 1
         # Most recently used last: of layers that are equally far, the older ones are dropped first.
@@ -109,7 +111,10 @@ class LayerPolicy:
         Args:
             room: bytes that may be loaded ahead at most, whatever this cache's own limits allow.
         """
-        wanted, dropped = [], []
+        wanted: list[str] = []
+        dropped: list[str] = []
+        if len(self.used) + len(self.ahead_of_use) == len(self.sizes):
+            return wanted, dropped
         upcoming = [name for name in self.upcoming() if name not in self.used]
         for name in upcoming:
             if name in self.ahead_of_use:

@@ -1,14 +1,12 @@
 """A fetch stays within 256 MiB, page cache included, whatever the size of the model."""
 
-import contextlib
 import json
-import os
 import sys
-from pathlib import Path
 
 import pytest
 
 from modelcache_volume import Volume
+from support.cgroups import MemoryCgroup, NoCgroups
 from support.cloud_identity import serve
 from support.fake_buckets import S3Handler
 from support.fake_hub import fake_hub
@@ -16,35 +14,17 @@ from support.fetching import safetensors_bytes
 from support.processes import Child
 
 LIMIT = 256 * 2**20
-ROOTS = [Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")]
-
-
-@contextlib.contextmanager
-def memory_cgroup():
-    """A cgroup (v1 or v2) limited to 256 MiB without swap; yields the file that processes enter it by."""
-    root = next((root for root in ROOTS if (root / "cgroup.procs").exists()), None)
-    if root is None or not os.access(root, os.W_OK):
-        pytest.skip("needs the right to make cgroups")
-    group = root / f"modelcache-test-{os.getpid()}"
-    group.mkdir()
-    try:
-        limit = group / "memory.limit_in_bytes"
-        if not limit.exists():
-            limit = group / "memory.max"
-        if not limit.exists():
-            pytest.skip("the memory controller is not enabled here")
-        limit.write_text(str(LIMIT))
-        yield group / "cgroup.procs"
-    finally:
-        group.rmdir()
 
 
 def fetch_within_the_limit(tmp_path, spec, **environment):
     fetch = [sys.executable, "-m", "modelcache_fetcher", "fetch", "--volume", str(tmp_path / "v"), "--name", "m"]
-    with memory_cgroup() as processes:
-        entering = ["sh", "-c", f'echo $$ > {processes}; exec "$@"', "sh", *fetch]
-        with Child(entering, env={"MODELCACHE_SPEC": json.dumps(spec), **environment}) as child:
-            assert child.process.wait(250) == 0, child.output
+    try:
+        with MemoryCgroup.limited(LIMIT) as group:
+            entering = ["sh", "-c", f'echo $$ > {group.processes}; exec "$@"', "sh", *fetch]
+            with Child(entering, env={"MODELCACHE_SPEC": json.dumps(spec), **environment}) as child:
+                assert child.process.wait(250) == 0, child.output
+    except NoCgroups as why:
+        pytest.skip(str(why))
 
 
 @pytest.mark.parametrize(

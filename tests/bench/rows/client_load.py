@@ -4,18 +4,21 @@ import os
 
 from bench.measure import Pair, interleaved
 from bench.registry import Row, Run, benchmark
-from bench.setting import BertBase
+from bench.setting import ServedBert
 
 WIRE_1 = Row("client.load.raw_tcp_1", unit="s", better="lower", goal=1 / 0.9, issue=4)
 WIRE_2 = Row("client.load.raw_tcp_2", unit="s", better="lower", goal=1 / 0.75, issue=4)
 MAPPED = Row("client.load.mapped", unit="s", better="lower", goal=1.1, issue=4)
 VERIFIED = Row("client.load.mapped_verified", unit="s", better="lower", goal=1.8, issue=4)
 
+# 19 layers of 48 MiB and the embeddings: 1.01 GiB.
+GIBIBYTE = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 19}
+
 
 @benchmark(WIRE_1, WIRE_2, MAPPED, VERIFIED)
 def load(run: Run) -> dict[str, Pair]:
-    """load_state_dict over 1 and 2 connections against as many raw ones; by mmap against load_file, pages touched."""
-    bert = BertBase.serve(run)
+    """1 GiB: load_state_dict over 1 and 2 connections against as many raw ones; mapped against load_file, touched."""
+    bert = ServedBert.serve(run, GIBIBYTE)
     raw, size = bert.peer("raw_tcp"), str(bert.size)
     wire = {
         "ours1": bert.worker("client_load", bert.address, "1", "verify"),

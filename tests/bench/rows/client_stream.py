@@ -2,7 +2,7 @@
 
 from bench.measure import Pair, interleaved
 from bench.registry import Row, Run, benchmark
-from bench.setting import BertBase
+from bench.setting import ServedBert
 
 # WHAT, batch, torch threads, goal
 _FIRST = [
@@ -26,7 +26,7 @@ BYTES = Row("client.bytes_per_pass.cache3", unit="1", better="lower", goal=1.0, 
 @benchmark(*FIRST.values(), *STEADY.values(), BYTES)
 def stream(run: Run) -> dict[str, Pair]:
     """BERT-base size, loopback, warm server, each side in a process of its own."""
-    bert = BertBase.serve(run)
+    bert = ServedBert.serve(run)
     pairs = {row.name: _first(bert, *case[:3], run.rounds(9)) for case, row in FIRST.items()}
     pairs |= {row.name: _steady(bert, *case[:3], run.rounds(31)) for case, row in STEADY.items()}
     share = bert.worker("client_forward", "bytes", "1", "1", "stream", bert.address).measure()
@@ -34,7 +34,7 @@ def stream(run: Run) -> dict[str, Pair]:
     return pairs
 
 
-def _first(bert: BertBase, what: str, batch: int, threads: int, rounds: int) -> Pair:
+def _first(bert: ServedBert, what: str, batch: int, threads: int, rounds: int) -> Pair:
     sizes = (str(batch), str(threads))
     workers = {
         "ours": bert.worker("client_forward", what, *sizes, "stream", bert.address),
@@ -46,7 +46,7 @@ def _first(bert: BertBase, what: str, batch: int, threads: int, rounds: int) -> 
     return Pair(values["ours"], bound)
 
 
-def _steady(bert: BertBase, what: str, batch: int, threads: int, rounds: int) -> Pair:
+def _steady(bert: ServedBert, what: str, batch: int, threads: int, rounds: int) -> Pair:
     sizes = (str(batch), str(threads))
     ours = bert.worker("client_forward", what, *sizes, "stream", bert.address)
     plain = bert.worker("client_forward", what, *sizes, "plain", bert.folder)

@@ -2,7 +2,7 @@
 
 from bench.measure import Pair, interleaved
 from bench.registry import Row, Run, benchmark
-from bench.setting import BertBase
+from bench.setting import ServedBert
 
 RAW_TCP = Row("read.whole.raw_tcp", unit="GB/s", better="higher", goal=0.85, issue=1)
 RAW_TCP_2 = Row("read.whole.raw_tcp_2", unit="GB/s", better="higher", goal=None, issue=1)
@@ -13,7 +13,7 @@ LOAD_FILE = Row("read.whole.load_file", unit="GB/s", better="higher", goal=None,
 @benchmark(RAW_TCP, RAW_TCP_2, GRPC, LOAD_FILE)
 def read_whole(run: Run) -> dict[str, Pair]:
     """load_state_dict, checksums checked, against a socket (1 and 2 connections), grpcio and a mapped file."""
-    bert = BertBase.serve(run)
+    bert = ServedBert.serve(run)
     size = str(bert.size)
     raw, grpc = bert.peer("raw_tcp"), bert.peer("grpc_bytes")
     workers = {

@@ -44,7 +44,7 @@ def main() -> None:
     torch.set_num_threads(int(threads))
     tokens = (torch.arange(128).reshape(1, 128) + 1000).expand(int(batch), 128)
     cache_size = 3 if what in {"steady3", "bytes"} else None
-    process.pool.keep_bytes = 0 if what == "cold" else 2**30
+    process.pool.keep_bytes = 0 if what == "cold" else 2**32
 
     def load():
         if side == "stream":

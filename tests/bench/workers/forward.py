@@ -1,8 +1,8 @@
 """Forward passes of a BERT on 1 x 128 tokens with one torch thread: WHAT SIDE WHERE.
 
 WHAT is first (load the model and run it once), steady (run a loaded one, all layers in memory) or peak (MiB resident at
-most, with imports, loading and two passes: for a process that measures once). SIDE is stream (WHERE is an address) or
-plain (a folder).
+most, with imports, loading and two passes: for a process that measures once). SIDE is stream (WHERE is an address),
+plain (a folder) or, of peak only, imports: nothing is loaded.
 """
 
 import sys
@@ -59,6 +59,8 @@ def main() -> None:
         model = load()
         model(TOKENS)
         answer(lambda: steady(model))
+    elif side == "imports":
+        answer(lambda: peak_resident_bytes() / 2**20)
     else:
         answer(lambda: peak(load()))
 
