@@ -20,6 +20,7 @@ from torch import nn
 from modelcache.dtypes import torch_dtype
 from modelcache.errors import MissingWeights, UnsupportedModel
 from modelcache.plan import Fusion, Layout, Stored, lay_out
+from modelcache.pretrained import without_progress_bar
 from modelcache.sketch import Expression, Leaf, Sketch, fusion_sources, leaves, sketch
 
 if TYPE_CHECKING:
@@ -260,23 +261,18 @@ def _tie_equal(model: PreTrainedModel) -> None:
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Silences the progress bar and the report of a load that reads nothing; what matters of it is raised."""
-    from transformers.utils import logging as transformers_logging  # noqa: PLC0415 - importing it takes a second
-
     report = logging.getLogger("transformers.modeling_utils")
     here = threading.get_ident()
 
     def from_elsewhere(_: logging.LogRecord) -> bool:
         return threading.get_ident() != here
 
-    bar = transformers_logging.is_progress_bar_enabled()
     report.addFilter(from_elsewhere)
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        yield
+        with without_progress_bar():
+            yield
     finally:
         report.removeFilter(from_elsewhere)
-        if bar:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _places(model: nn.Module) -> Iterator[tuple[str, Place, torch.Tensor]]:

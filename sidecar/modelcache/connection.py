@@ -107,6 +107,20 @@ class Connection:
             return response
         raise problem
 
+    def await_revision(self, known_digest: str, deadline: Deadline) -> GetRevisionResponse:
+        """As ``revision``, but where no server answers it asks again until the deadline.
+
+        Raises:
+            Unavailable: none answered.
+            NotReady: a server answers, but has no active revision.
+        """
+        while True:
+            try:
+                return self.revision(known_digest, deadline)
+            except LaneBroken as error:
+                deadline.note(error)
+                deadline.pause(_POLL_SECONDS)
+
     def manifest(self, digest: str, deadline: Deadline) -> Manifest:
         """A snapshot's manifest, from the first server that has it; not to be changed."""
         known = self._manifests.get(digest)

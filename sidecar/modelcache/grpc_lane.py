@@ -30,6 +30,8 @@ _OPTIONS: Final = (
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
     ("grpc.use_local_subchannel_pool", 1),
+    # By default a name is looked up each 30 s at most: as long would a server that moved be missed.
+    ("grpc.dns_min_time_between_resolutions_ms", 1_000),
 )
 _BY_REASON: Final[dict[str, tuple[type[Exception], str]]] = {
     "REVISION_GONE": (RevisionGone, "Call refresh() to move to the revision that is active now."),

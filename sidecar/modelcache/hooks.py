@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import weakref
     from collections.abc import Callable
 
+    from torch import nn
     from transformers import PreTrainedModel
 
     from modelcache.architecture import Component
@@ -64,36 +65,53 @@ def time_calls(
 
 
 def guard(model: PreTrainedModel, cache: ComponentCache) -> None:
-    """Has what touches all parameters load them, or refuse."""
-    plain_state_dict, plain_train = model.state_dict, model.train
-
-    @functools.wraps(plain_state_dict)
-    def state_dict(*args: Any, **kwargs: Any) -> Any:
-        cache.wait_for_resident()
-        state = plain_state_dict(*args, **kwargs)
-        prefix = kwargs.get("prefix", "")
-        for name, component in cache.blocks.items():
-            if component.module is None:
-                continue
-            cache.acquire(name)
-            try:
-                state.update(component.module.state_dict(prefix=f"{prefix}{name}."))
-            finally:
-                cache.release(name)
-        return state
-
-    @functools.wraps(plain_train)
-    def train(mode: bool = True) -> Any:  # noqa: FBT001, FBT002 - nn.Module's signature
-        if mode:
-            raise UnsupportedModel("A streamed model computes in eval mode only; train one from from_pretrained().")
-        return plain_train(mode)
-
-    def apply(*_: Any, **__: Any) -> Any:
-        raise UnsupportedModel(
-            "A streamed model cannot be moved or cast: give dtype= when it is made, or use from_pretrained()."
+    """Has what touches all parameters of the model, or of a module in it, load them, or refuse."""
+    for name, module in model.named_modules():
+        parts = name.split(".")
+        prefixes = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
+        block = next((prefix for prefix in prefixes if prefix in cache.blocks), None)
+        vars(module).update(
+            state_dict=functools.partial(_state_dict, module, cache, block, is_block=block == name),
+            train=functools.partial(_train, module),
+            _apply=_refuse_cast,
+            load_state_dict=_refuse_weights,
+            compile=_refuse_compile,
         )
 
-    def compiled(*_: Any, **__: Any) -> Any:
-        raise UnsupportedModel("A streamed model cannot be compiled, since its weights come and go.")
 
-    vars(model).update(state_dict=state_dict, train=train, _apply=apply, compile=compiled)
+def _state_dict(
+    module: nn.Module, cache: ComponentCache, block: str | None, *args: Any, is_block: bool, **kwargs: Any
+) -> Any:
+    plain = functools.partial(type(module).state_dict, module, *args, **kwargs)
+    cache.wait_for_resident()
+    # A module above a block asks the block; one in it was asked by the block if it is given where to write.
+    if block is None or (kwargs.get("destination") is not None and not is_block):
+        return plain()
+    cache.acquire(block)
+    try:
+        return plain()
+    finally:
+        cache.release(block)
+
+
+def _train(module: nn.Module, mode: bool = True) -> Any:  # noqa: FBT001, FBT002 - nn.Module's signature
+    if mode:
+        raise UnsupportedModel("A streamed model computes in eval mode only; train one from from_pretrained().")
+    return type(module).train(module, mode)
+
+
+def _refuse_cast(*_: Any, **__: Any) -> Any:
+    raise UnsupportedModel(
+        "A streamed model cannot be moved or cast: give dtype= when it is made, or use from_pretrained()."
+    )
+
+
+def _refuse_weights(*_: Any, **__: Any) -> Any:
+    raise UnsupportedModel(
+        "A streamed model's weights come from the server, and others would be lost when a layer is evicted: "
+        "use from_pretrained()."
+    )
+
+
+def _refuse_compile(*_: Any, **__: Any) -> Any:
+    raise UnsupportedModel("A streamed model cannot be compiled, since its weights come and go.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 from pathlib import Path
@@ -12,12 +13,14 @@ from modelcache.errors import FileNotInSnapshot, UnsupportedModel
 from modelcache.files import find_file, read_file
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from transformers import PretrainedConfig, PreTrainedModel
 
     from modelcache.connection import PinnedSnapshot
     from modelcache.deadline import Cancellation
 
-__all__ = ["Pretrained", "load_pretrained"]
+__all__ = ["Pretrained", "load_pretrained", "without_progress_bar"]
 
 _SMALL_FILES = ("config.json", "generation_config.json")
 # Arguments of from_pretrained that are no attributes of a config.
@@ -102,6 +105,20 @@ def load_pretrained(
             generation = transformers.GenerationConfig.from_pretrained(folder)
     config.name_or_path = config._name_or_path = ""  # noqa: SLF001 - the folder is gone
     return Pretrained(config, _concrete_class(auto_class, config), {**load_args, **unused}, generation)
+
+
+@contextlib.contextmanager
+def without_progress_bar() -> Iterator[None]:
+    """Has transformers show no progress of what is only put in its place: the bytes are here already, or not yet."""
+    from transformers.utils import logging as transformers_logging  # noqa: PLC0415 - importing it takes a second
+
+    bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if bar:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _check_config(content: bytes) -> None:

@@ -335,16 +335,20 @@ class StreamingModel:
     def refresh(self, *, timeout: float = 60.0) -> bool:
         """Moves to the snapshot that is active now; passes that run finish on the old one.
 
+        Args:
+            timeout: seconds that asking for it may take, whatever happens to servers meanwhile.
+
         Returns:
             Whether it was another one. ``model`` is then another object.
 
         Raises:
             Cancelled: after ``cleanup()``.
+            Unavailable: no server answered until ``timeout``.
         """
         if not self._finalizer.alive:
             raise Cancelled("The model was cleaned up and cannot be refreshed; create it anew.")
         connection = self._session.snapshot.connection
-        response = connection.revision(self.digest, Deadline(timeout))
+        response = connection.await_revision(self.digest, Deadline(timeout))
         if response.active.digest == self.digest:
             return False
         old = self._session

@@ -13,7 +13,7 @@ from modelcache.architecture import Binding, Component
 from modelcache.connection import connect
 from modelcache.loader import Load, Loader, default_workers, tensor_at
 from modelcache.plan import BLOCK_BYTES, lay_out, select_tensors
-from modelcache.pretrained import load_pretrained
+from modelcache.pretrained import load_pretrained, without_progress_bar
 from modelcache.process import pool
 from modelcache.reader import SMALL_STEP_BYTES
 from modelcache.sketch import Leaf
@@ -121,9 +121,10 @@ def from_pretrained(
         pretrained = load_pretrained(pinned, auto_class, model_args, subfolder=subfolder, timeout=timeout)
         where = {"subfolder": subfolder, "variant": variant}
         state = _load(pinned, where, name, _bar(name, progress), timeout=timeout)
-    model: PreTrainedModel = pretrained.model_class.from_pretrained(
-        None, config=pretrained.config, state_dict=state, **pretrained.model_args
-    )
+    with without_progress_bar():
+        model: PreTrainedModel = pretrained.model_class.from_pretrained(
+            None, config=pretrained.config, state_dict=state, **pretrained.model_args
+        )
     if pretrained.generation_config is not None and model.can_generate():
         model.generation_config = pretrained.generation_config
     return model

@@ -130,6 +130,20 @@ def test_a_revision_rolled_in_the_middle_changes_nothing_until_refresh(server, f
         assert not model.refresh()
 
 
+def test_a_refresh_waits_for_a_server_that_is_away_and_then_says_so(folder):
+    server = FaultyServer(folder).start()
+    with StreamingBertModel("x", 1, address=server.address) as model:
+        server.stop()
+        with pytest.raises(Unavailable, match=r"within 0.5 s.*[Rr]efused"):
+            model.refresh(timeout=0.5)
+        results = []
+        waiting = threading.Thread(target=lambda: results.append(model.refresh(timeout=60)))
+        waiting.start()
+        with FaultyServer(folder).start(server.port):
+            waiting.join()
+    assert results == [False]
+
+
 def test_a_pruned_revision_is_said_so_and_refresh_helps(server, folder, tmp_path):
     newer = save_bert(tmp_path / "newer", BertFiles(config=LARGER, seed=7))
     with StreamingBertModel("x", 1, address=server.address) as model:

@@ -1,8 +1,12 @@
 """The client against the real weight server and a really fetched volume."""
 
+import contextlib
+import hashlib
+import os
 import random
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -17,6 +21,7 @@ from modelcache import IntegrityError, StreamingBertModel
 from modelcache_volume import Volume
 from support.client_server import FaultyServer
 from support.models import BASE, TINY, BertFiles, cached_bert, minilm, save_bert
+from support.processes import Child
 from support.server_security import AUDIENCE, ISSUER, Issuer, write_certificate
 from support.server_volume import flip_bit
 from support.serving import ServerProcess, fetch_folder
@@ -61,13 +66,13 @@ def free_ports(count):
     return ports
 
 
-def start(volume, ports):
+def start(volume, ports, host="127.0.0.1"):
     grpc_port, http_port = ports
     return ServerProcess.module(
         "modelcache_server",
         volume,
         "--host",
-        "127.0.0.1",
+        host,
         "--port",
         str(grpc_port),
         "--http-port",
@@ -224,6 +229,46 @@ def test_a_pinned_model_keeps_reading_its_own_digest_over_two_changes(volume, fo
             model.refresh()  # The server may have announced the one in between first.
             assert time.monotonic() < deadline
         assert same(model, newer)
+
+
+CLIENT_OF_A_NAME = """
+import hashlib, sys, torch, modelcache
+
+ids = torch.tensor(eval(sys.argv[2]))
+with modelcache.StreamingBertModel("bert", 1, address=sys.argv[1], timeout=60) as model, torch.no_grad():
+    for line in sys.stdin:
+        if line == "refresh\\n":
+            print("refreshed", model.refresh(), flush=True)
+        else:
+            print("result", hashlib.sha256(model(ids).pooler_output.numpy()).hexdigest(), flush=True)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has a mount namespace in which a name can move")
+@pytest.mark.usefixtures("over_the_wire")
+def test_a_name_that_moves_to_another_address_is_followed(volume, folder, tmp_path):
+    """As when a server's pod is replaced: the client sees a name, here that of a hosts file of its own."""
+    ports = free_ports(2)
+    hosts = tmp_path / "hosts"
+    hosts.write_text("127.0.0.1 bert-weights.test\n")
+    wanted = hashlib.sha256(outputs(BertModel.from_pretrained(folder))[1].numpy()).hexdigest()
+    in_namespace = ("unshare", "--mount", "--", "sh", "-c", 'mount --bind "$0" /etc/hosts && exec "$@"', str(hosts))
+    client = (sys.executable, "-c", CLIENT_OF_A_NAME, f"bert-weights.test:{ports[0]}", str(IDS.tolist()))
+    with contextlib.ExitStack() as closing:
+        before = closing.enter_context(start(volume, ports))
+        model = closing.enter_context(Child([*in_namespace, *client]))
+        model.send("run")
+        assert model.wait_for("result (.*)")[1] == wanted
+        after = closing.enter_context(start(volume, ports, "127.0.0.2"))
+        hosts.write_text("127.0.0.2 bert-weights.test\n")
+        for _ in range(3):
+            model.send("run")
+        before.kill()
+        for _ in range(3):
+            assert model.wait_for("result (.*)")[1] == wanted
+        model.send("refresh")
+        assert model.wait_for("refreshed (.*)")[1] == "False"
+        after.kill()  # It would still wait for clients that have not heard.
 
 
 @pytest.mark.slow

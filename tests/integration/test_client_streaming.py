@@ -258,8 +258,6 @@ def test_a_parameter_that_is_held_while_evicted_is_on_meta_and_cannot_be_compute
         for use in (lambda: torch.ones(1) + evicted, lambda: evicted.sum().item(), evicted.numpy, evicted.tolist):
             with pytest.raises((RuntimeError, NotImplementedError, TypeError), match="meta"):
                 use()
-        with pytest.raises(NotImplementedError, match="meta"):
-            model.model.encoder.layer[0].output.to("cpu")
         assert torch.equal(held, plain.get_parameter(name))
         assert_same(model(tokens()), expected(server.folder, tokens()))
 
@@ -271,12 +269,71 @@ def test_saving_a_streamed_model_saves_its_weights(serve, tmp_path):
     assert_same(expected(tmp_path / "saved", tokens()), expected(server.folder, tokens()))
 
 
+MODULES = {
+    "the model": lambda model: model,
+    "transformers' model": lambda model: model.model,
+    "a module above the blocks": lambda model: model.model.encoder,
+    "an evicted block": lambda model: model.model.encoder.layer[0],
+    "a module in a block": lambda model: model.model.encoder.layer[3].output.dense,
+    "the embeddings": lambda model: model.model.embeddings,
+}
+REFUSED = {
+    "half": lambda module: module.half(),
+    "float": lambda module: module.float(),
+    "bfloat16": lambda module: module.bfloat16(),
+    "to a dtype": lambda module: module.to(torch.float16),
+    "to a device": lambda module: module.to("cpu"),
+    "to_empty": lambda module: module.to_empty(device="cpu"),
+    "share_memory": lambda module: module.share_memory(),
+    "train": lambda module: module.train(),
+    "compile": lambda module: module.compile(),
+    "load_state_dict": lambda module: module.load_state_dict({}),
+}
+
+
+@pytest.mark.parametrize("use", REFUSED.values(), ids=REFUSED)
+def test_what_a_streamed_model_cannot_do_is_refused_by_each_of_its_modules(serve, use):
+    server = serve()
+    with StreamingBertModel("x", 1, address=server.address) as model:
+        model(tokens())
+        for module in MODULES.values():
+            with pytest.raises(UnsupportedModel, match=r"from_pretrained\(\)|compiled"):
+                use(module(model))
+        assert_same(model(tokens()), expected(server.folder, tokens()))
+
+
+def test_the_state_dict_of_each_module_holds_its_weights(serve):
+    server = serve()
+    plain = BertModel.from_pretrained(server.folder)
+    with StreamingBertModel("x", 1, address=server.address) as model:
+        model(tokens())
+        for name in (
+            "",
+            "encoder",
+            "encoder.layer.0",
+            "encoder.layer.1.output",
+            "encoder.layer.2.output.dense",
+            "pooler",
+        ):
+            found, wanted = model.model.get_submodule(name).state_dict(), plain.get_submodule(name).state_dict()
+            assert list(found) == list(wanted)
+            assert all(torch.equal(found[key], value) for key, value in wanted.items()), name
+        assert model.model.encoder.layer[0].output.dense.weight.is_meta
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
 @pytest.mark.parametrize(
-    "use", [lambda m: m.to(torch.float16), lambda m: m.model.half(), lambda m: m.train(), lambda m: m.model.compile()]
+    "compiled", [lambda model: model, lambda model: model.model], ids=["the model", "transformers' model"]
 )
-def test_what_a_streamed_model_cannot_do_is_refused(serve, use):
-    with StreamingBertModel("x", address=serve().address) as model, pytest.raises(UnsupportedModel):
-        use(model)
+def test_a_compiled_model_loads_what_it_needs(serve, compiled):
+    server = serve()
+    torch.compiler.reset()
+    with StreamingBertModel("x", 1, address=server.address) as model:
+        call = torch.compile(compiled(model), backend="aot_eager")
+        with torch.no_grad():
+            for _ in range(2):
+                assert_same(call(tokens()), expected(server.folder, tokens()))
+    torch.compiler.reset()
 
 
 def test_nothing_is_left_after_cleanup(serve):

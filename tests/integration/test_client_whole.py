@@ -1,16 +1,21 @@
 """Weights and files in one go."""
 
+import functools
 import hashlib
+import io
+import re
 
 import pytest
 import safetensors.torch
 import torch
-from transformers import AutoTokenizer, BertForMaskedLM, BertModel
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
 
 import modelcache
 from modelcache import FileNotInSnapshot, IntegrityError, UnsupportedModel
+from modelcache_volume import Volume
 from support.client_server import FaultyServer
-from support.models import BertFiles, minilm, save_bert
+from support.models import TINY, BertFiles, minilm, save_bert
+from support.serving import ServerProcess, fetch_folder
 
 
 @pytest.fixture
@@ -94,6 +99,65 @@ def test_a_whole_load_is_interrupted_by_nothing_less_than_damage(server):
         modelcache.load_state_dict("x", address=server.address)
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("volume", [False, True], ids=["over the wire", "from the volume"])
+def test_a_whole_load_shows_its_progress_on_a_terminal_and_nowhere_else(tmp_path, folder, monkeypatch, volume):
+    fetch_folder(folder, tmp_path / "volume", "bert")
+    monkeypatch.setenv("MODELCACHE_VOLUME", str(tmp_path / "volume") if volume else "off")
+
+    def shown(stream, call, **options):
+        monkeypatch.setattr("sys.stderr", stream)
+        call(name="bert", address=server.address, **options)
+        return stream.getvalue()
+
+    loads = (modelcache.load_state_dict, functools.partial(modelcache.from_pretrained, "AutoModel"))
+    with ServerProcess.over(tmp_path / "volume") as server:
+        for call in loads:
+            for progress in (None, True):
+                assert re.search(r"bert: 100%.*\d+kB?/\d+kB? ", shown(Terminal(), call, progress=progress))
+            assert "bert: 100%" in shown(io.StringIO(), call, progress=True)
+            assert shown(io.StringIO(), call) == ""
+            assert shown(Terminal(), call, progress=False) == ""
+
+
+def test_a_stream_shows_nothing(server, monkeypatch, capfd):
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setattr("sys.stdout", terminal)
+    with modelcache.StreamingBertModel("x", 1, address=server.address) as model:
+        model(torch.arange(12).view(1, 12))
+    assert terminal.getvalue() == ""
+    assert capfd.readouterr() == ("", "")
+
+
+def test_tensors_at_odd_offsets_of_an_old_checkpoint_are_equal_from_volume_and_wire(tmp_path, monkeypatch):
+    """Before torch 1.6 a file had no alignment: mapped, its tensors would lie where no kernel expects them."""
+    model = tmp_path / "model"
+    model.mkdir()
+    torch.manual_seed(0)
+    plain = BertModel(BertConfig(**TINY)).eval()
+    (model / "config.json").write_text(plain.config.to_json_string())
+    torch.save(plain.state_dict(), model / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    fetch_folder(model, tmp_path / "volume", "bert")
+    (snapshot,) = Volume.open(tmp_path / "volume").snapshots()
+    assert any(tensor.offset % 4 for tensor in snapshot.manifest.tensors)
+    ids = torch.arange(12).view(1, 12)
+    with ServerProcess.over(tmp_path / "volume") as server, torch.no_grad():
+        for lane in ("volume", "http"):
+            monkeypatch.setenv("MODELCACHE_VOLUME", str(tmp_path / "volume") if lane == "volume" else "off")
+            state = modelcache.load_state_dict("bert", address=server.address)
+            for name, value in plain.state_dict().items():
+                assert torch.equal(state[name], value)
+                assert state[name].data_ptr() % 64 == 0
+            with modelcache.StreamingBertModel("bert", 1, address=server.address) as streamed:
+                assert torch.equal(streamed(ids).pooler_output, plain(ids).pooler_output)
+                assert streamed.get_inference_stats()["lane"] == lane
+
+
 def test_tokenizer_and_config_come_over_the_wire(tmp_path):
     with FaultyServer(minilm()) as server:
         folder = modelcache.snapshot(
@@ -168,10 +232,6 @@ def test_a_class_for_another_architecture_is_refused(server):
 
 
 def test_a_masked_language_model_loads_with_its_tied_head(tmp_path):
-    from transformers import BertConfig
-
-    from support.models import TINY
-
     torch.manual_seed(0)
     BertForMaskedLM(BertConfig(**TINY)).save_pretrained(tmp_path)
     whole = BertForMaskedLM.from_pretrained(tmp_path)
