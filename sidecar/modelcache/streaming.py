@@ -5,92 +5,30 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import os
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from modelcache.architecture import Architecture, build
 from modelcache.arguments import check_layer, check_layers, check_limits
-from modelcache.cache import ComponentCache
 from modelcache.connection import connect
 from modelcache.deadline import Deadline
-from modelcache.device import copier
 from modelcache.errors import Cancelled
-from modelcache.hooks import guard, stream_block, time_calls
-from modelcache.layers import LayerPolicy
-from modelcache.lease import LeaseKeeper
-from modelcache.loader import Load, Loader, default_workers
-from modelcache.plan import guess_components, lay_out, select_tensors
-from modelcache.pretrained import load_pretrained
-from modelcache.process import budget, pool
-from modelcache.volume_lane import VolumeSource, local_volume
+from modelcache.session import Session, Wanted, open_session
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Awaitable, Callable, Generator, Sequence
     from types import TracebackType
 
     from transformers import PreTrainedModel
 
     from modelcache.connection import PinnedSnapshot
-    from modelcache.plan import Stored
-    from modelcache.reader import Source
 
 __all__ = ["StreamingModel"]
 
 logger = logging.getLogger("modelcache")
-
-
-class _Session:
-    """One snapshot of a model: its modules, its layer cache, its lease."""
-
-    def __init__(
-        self, snapshot: PinnedSnapshot, source: Source, architecture: Architecture, cache: ComponentCache
-    ) -> None:
-        self.snapshot = snapshot
-        self.source = source
-        self.architecture = architecture
-        self.cache = cache
-        self.keeper = LeaseKeeper(snapshot)
-        self._lock = threading.Lock()
-        self._calls = 0
-        self._closing = False
-
-    @property
-    def lane(self) -> str:
-        """Where weights come from: "volume", "http" or "grpc"; "none" before the first was read."""
-        return "volume" if isinstance(self.source, VolumeSource) else self.snapshot.connection.lane
-
-    def enter(self) -> None:
-        with self._lock:
-            self._calls += 1
-
-    def leave(self) -> None:
-        with self._lock:
-            self._calls -= 1
-            last = self._closing and self._calls == 0
-        if last:
-            self._release()
-
-    def close_when_idle(self) -> None:
-        """Closes it as soon as no forward pass runs on it."""
-        with self._lock:
-            self._closing = True
-            idle = self._calls == 0
-        if idle:
-            self._release()
-
-    def close(self) -> None:
-        """Breaks off what is being read, and closes it; a forward pass that runs ends with Cancelled."""
-        self.cache.cancel()
-        self.close_when_idle()
-
-    def _release(self) -> None:
-        self.cache.close()
-        self.keeper.close()
-        self.snapshot.close()
 
 
 class StreamingModel:
@@ -150,14 +88,18 @@ class StreamingModel:
     ) -> None:
         check_limits(cache_size, cache_bytes, prefetch_count)
         self.model_name = model_name
-        self._auto_class = auto_class
-        self._device = device
-        self._max_layers = cache_size
-        self._max_bytes = cache_bytes
-        self._ahead = prefetch_count
-        self._timeout = timeout
-        self._where = {"subfolder": subfolder, "variant": variant}
-        self._model_args = model_args
+        self._wanted = Wanted(
+            name=model_name,
+            auto_class=auto_class,
+            device=device,
+            max_layers=cache_size,
+            max_bytes=cache_bytes,
+            ahead=prefetch_count,
+            timeout=timeout,
+            subfolder=subfolder,
+            variant=variant,
+            model_args=model_args,
+        )
         self._seconds = 0.0
         self._inferences = 0
         self._bytes_per_token = 0.0
@@ -191,24 +133,24 @@ class StreamingModel:
     @property
     def cache_size(self) -> int | None:
         """How many layers stay in memory; None: all. Can be set at any time."""
-        return self._max_layers
+        return self._wanted.max_layers
 
     @cache_size.setter
     def cache_size(self, value: int | None) -> None:
-        check_limits(value, self._max_bytes, self._ahead)
-        self._max_layers = value
-        self._session.cache.resize(max_layers=value, max_bytes=self._max_bytes)
+        check_limits(value, self._wanted.max_bytes, self._wanted.ahead)
+        self._wanted.max_layers = value
+        self._session.cache.resize(max_layers=value, max_bytes=self._wanted.max_bytes)
 
     @property
     def cache_bytes(self) -> int | None:
         """How many bytes of layers stay in memory; None: no limit. Can be set at any time."""
-        return self._max_bytes
+        return self._wanted.max_bytes
 
     @cache_bytes.setter
     def cache_bytes(self, value: int | None) -> None:
-        check_limits(self._max_layers, value, self._ahead)
-        self._max_bytes = value
-        self._session.cache.resize(max_layers=self._max_layers, max_bytes=value)
+        check_limits(self._wanted.max_layers, value, self._wanted.ahead)
+        self._wanted.max_bytes = value
+        self._session.cache.resize(max_layers=self._wanted.max_layers, max_bytes=value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model's forward pass; arguments and result are those of the transformers model."""
@@ -229,7 +171,7 @@ class StreamingModel:
             prefetch_count: how many; None: as the model was made with.
             kwargs: of the transformers model.
         """
-        count = self._ahead if prefetch_count is None else prefetch_count
+        count = self._wanted.ahead if prefetch_count is None else prefetch_count
         check_limits(None, None, count)
         return await asyncio.to_thread(self._call_reading_ahead, count if enable_prefetch else 0, args, kwargs)
 
@@ -246,7 +188,7 @@ class StreamingModel:
                 "%s keeps %s of %d layers, so each token of generate() streams up to %.0f MiB of them again; "
                 "cache_size=None keeps all.",
                 self.model_name or "The model",
-                "some" if self._max_layers is None else self._max_layers,
+                "some" if self._wanted.max_layers is None else self._wanted.max_layers,
                 len(cache.blocks),
                 streamed,
             )
@@ -269,7 +211,9 @@ class StreamingModel:
         names = list(cache.blocks)
         if layer_indices is not None:
             check_layers("layer_indices", layer_indices, len(names))
-        chosen = names[: self._max_layers] if layer_indices is None else [names[index] for index in layer_indices]
+        chosen = (
+            names[: self._wanted.max_layers] if layer_indices is None else [names[index] for index in layer_indices]
+        )
         await asyncio.to_thread(self._load_ahead, chosen)
 
     async def prefetch_next_layers(self, current_layer: int, prefetch_count: int = 2) -> None:
@@ -322,8 +266,8 @@ class StreamingModel:
             "resident_components": list(cache.resident),
             "memory_usage_mb": cache.held_bytes() / 2**20,
             "cache_size": len(used),
-            "max_cache_size": self._max_layers,
-            "max_cache_bytes": self._max_bytes,
+            "max_cache_size": self._wanted.max_layers,
+            "max_cache_bytes": self._wanted.max_bytes,
             "access_order": used,
             "digest": self.digest,
         }
@@ -396,7 +340,7 @@ class StreamingModel:
     def __repr__(self) -> str:
         cache = self._session.cache
         used, _ = cache.contents()
-        limit = "all" if self._max_layers is None else self._max_layers
+        limit = "all" if self._wanted.max_layers is None else self._wanted.max_layers
         here = f"{len(used)} of {len(cache.blocks)} layers here (cache_size {limit})"
         return (
             f"<{type(self).__name__} {self.model_name!r} {type(self.model).__name__} {self.digest[:12]}: "
@@ -431,72 +375,8 @@ class StreamingModel:
             self._inferences += 1
             self._seconds += seconds
 
-    def _open(self, snapshot: PinnedSnapshot) -> _Session:
-        try:
-            return self._build(snapshot)
-        except BaseException:
-            snapshot.close()
-            raise
-
-    def _build(self, snapshot: PinnedSnapshot) -> _Session:
-        source = local_volume(snapshot, os.environ) or snapshot
-        tensors = select_tensors(snapshot.manifest, **self._where)
-        loader = Loader(
-            pool, workers=default_workers(), name=f"modelcache-{self.model_name}", move=copier(self._device)
-        )
-        try:
-            begun = self._read_ahead(source, tensors, loader)
-            return self._construct(snapshot, source, tensors, loader, begun)
-        except BaseException:
-            loader.close()
-            raise
-
-    def _read_ahead(self, source: Source, tensors: list[Stored], loader: Loader) -> list[Load]:
-        """Starts to read what is probably needed first, while transformers still builds the model."""
-        if self._max_bytes is not None or budget.nbytes is not None:
-            return []
-        slots = len(tensors) if self._max_layers is None else self._max_layers + self._ahead
-        loads = []
-        for name, members in guess_components(tensors).items():
-            is_block = name.rpartition(".")[2].isdigit()
-            slots -= is_block
-            if slots < 0:
-                break
-            loads.append(Load(name, (lay_out(members), lay_out(())), source, self._timeout))
-            loader.submit(loads[-1])
-        return loads
-
-    def _construct(
-        self, snapshot: PinnedSnapshot, source: Source, tensors: list[Stored], loader: Loader, begun: list[Load]
-    ) -> _Session:
-        pretrained = load_pretrained(
-            snapshot, self._auto_class, self._model_args, subfolder=self._where["subfolder"], timeout=self._timeout
-        )
-        architecture = build(
-            pretrained.model_class,
-            pretrained.config,
-            tensors,
-            model_args=pretrained.model_args,
-            block_limit=self._max_bytes,
-        )
-        model = architecture.model
-        if pretrained.generation_config is not None and model.can_generate():
-            model.generation_config = pretrained.generation_config
-        policy = LayerPolicy(
-            {component.name: component.nbytes for component in architecture.blocks},
-            max_layers=self._max_layers,
-            max_bytes=self._max_bytes,
-            ahead=self._ahead,
-        )
-        cache = ComponentCache(architecture.blocks, architecture.resident, policy, loader, source, self._timeout)
-        for place, buffer in architecture.buffers:
-            place.put(buffer.to(self._device))
-        for component in architecture.blocks:
-            stream_block(component, cache)
-        time_calls(model, weakref.WeakMethod(self._note_inference), cache)
-        guard(model, cache)
-        cache.start(begun)
-        return _Session(snapshot, source, architecture, cache)
+    def _open(self, snapshot: PinnedSnapshot) -> Session:
+        return open_session(snapshot, self._wanted, weakref.WeakMethod(self._note_inference))
 
 
 class _Done:
