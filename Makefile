@@ -80,6 +80,7 @@ test-all: test ## Also soaks, fuzzing, kill matrices and every fault on the clus
 
 .PHONY: bench
 bench: setup ## Print the table of ratios and write build/bench.json
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m tests.bench
 
 .PHONY: cluster-up
