@@ -149,6 +149,21 @@ def test_equal_to_from_pretrained(tmp_path, name, dtype):
         assert model.state_dict().keys() == state.keys()
 
 
+def test_weights_that_a_class_keeps_in_float32_are_kept(tmp_path):
+    model_class, inputs, _ = make(tmp_path, "t5")
+    plain = model_class.from_pretrained(tmp_path, dtype=torch.float16)
+    with torch.no_grad():
+        wanted = plain(**inputs)
+    with (
+        FaultyServer(tmp_path) as server,
+        StreamingModel("x", model_class, address=server.address, dtype=torch.float16) as model,
+    ):
+        assert_same(model(**inputs), wanted)
+        kept, found = plain.state_dict(), model.state_dict()
+    assert {value.dtype for value in kept.values()} == {torch.float16, torch.float32}
+    assert {name: value.dtype for name, value in found.items()} == {name: value.dtype for name, value in kept.items()}
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mixtral", "t5", "whisper"])
 def test_generate_gives_the_same_tokens_and_says_once_what_it_costs(tmp_path, name, caplog):
     model_class, inputs, _ = make(tmp_path, name)

@@ -130,6 +130,27 @@ def test_a_revision_rolled_in_the_middle_changes_nothing_until_refresh(server, f
         assert not model.refresh()
 
 
+def test_a_revision_rolled_during_a_forward_pass_changes_nothing_in_it(server, folder, tmp_path):
+    newer = save_bert(tmp_path / "newer", BertFiles(config=LARGER, seed=7))
+    found = []
+    with StreamingBertModel("x", 1, address=server.address) as model:
+        model(IDS)
+        model.clear_cache()
+        before = len(server.requests)
+        server.hold.clear()
+        running = threading.Thread(target=lambda: found.append(model(IDS)))
+        running.start()
+        server.wait_for_request(before)
+        server.publish(newer, commit="b" * 40)
+        refreshed = threading.Thread(target=model.refresh)
+        refreshed.start()
+        server.hold.set()
+        running.join()
+        refreshed.join()
+        assert same(found[0], folder)
+        assert same(model(IDS), newer)
+
+
 def test_a_refresh_waits_for_a_server_that_is_away_and_then_says_so(folder):
     server = FaultyServer(folder).start()
     with StreamingBertModel("x", 1, address=server.address) as model:

@@ -185,6 +185,23 @@ def test_shrinking_the_cache_evicts_and_clearing_empties_it(serve):
         assert_same(model(tokens()), expected(server.folder, tokens()))
 
 
+def test_how_many_bytes_stay_can_be_changed_between_passes(serve):
+    server = serve(BertFiles(config=SMALL))
+    wanted = expected(server.folder, tokens())
+    with StreamingBertModel("x", None, address=server.address) as model:
+        assert_same(model(tokens()), wanted)
+        layer = model._session.cache.blocks["encoder.layer.0"].nbytes
+        for kept in (1, 3, 2):
+            model.cache_bytes = kept * layer + layer // 2
+            assert_same(model(tokens()), wanted)
+            info = model.get_cache_info()
+            assert info["cache_size"] == kept
+            assert info["max_cache_bytes"] == kept * layer + layer // 2
+        model.cache_bytes = None
+        assert_same(model(tokens()), wanted)
+        assert model.get_cache_info()["cache_size"] == SMALL["num_hidden_layers"]
+
+
 def test_a_second_pass_with_all_layers_cached_reads_nothing(serve):
     server = serve()
     with StreamingBertModel("x", None, address=server.address) as model:

@@ -65,7 +65,7 @@ def _against_bound(bert: ServedBert, tokens: int) -> Pair:
     ours = tuple(_in_cgroup(bert, "stream", bert.address, tokens) for _ in range(rounds))
     with (
         Worker("client_limited", "-", "plain", bert.folder, str(tokens)) as plain,
-        Worker("client_forward", "transfer", "1", "2", "stream", bert.address) as transfer,
+        Worker("client_forward", "transfer", "1", "16", "2", "stream", bert.address) as transfer,
     ):
         values = interleaved({"plain": plain.measure, "transfer": transfer.measure}, rounds=rounds)
     # Not in the rounds of ours: what the plain side has mapped would lie in the page cache, outside of any limit.

@@ -1,4 +1,4 @@
-"""Forward passes of a BERT: WHAT BATCH THREADS SIDE WHERE.
+"""Forward passes of a BERT: WHAT BATCH TOKENS THREADS SIDE WHERE.
 
 WHAT is first (make the model, run it once), cold (the same in memory never touched before), steady3 (run one that keeps
 3 layers), steady (one that keeps all), transfer (only read all weights) or bytes (received in a pass with 3 layers, by
@@ -40,9 +40,9 @@ def first(load, tokens: torch.Tensor) -> float:
 
 @torch.inference_mode()
 def main() -> None:
-    what, batch, threads, side, where = sys.argv[1:]
+    what, batch, length, threads, side, where = sys.argv[1:]
     torch.set_num_threads(int(threads))
-    tokens = (torch.arange(128).reshape(1, 128) + 1000).expand(int(batch), 128)
+    tokens = (torch.arange(int(length)) + 1000).expand(int(batch), -1)
     cache_size = 3 if what in {"steady3", "bytes"} else None
     process.pool.keep_bytes = 0 if what == "cold" else 2**32
 
