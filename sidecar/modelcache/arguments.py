@@ -8,7 +8,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["check_layer", "check_layers", "check_limits"]
+__all__ = ["check_layer", "check_layers", "check_limits", "check_model_args"]
+
+_SERVED = "the server has the files, of the revision that its ModelCache names; no hub is asked"
+# Arguments of from_pretrained that would be without effect, and what to do instead.
+_WITHOUT_EFFECT = {
+    "revision": _SERVED,
+    "token": f"{_SERVED}. token_file= is for the weight server",
+    "use_auth_token": f"{_SERVED}. token_file= is for the weight server",
+    "cache_dir": _SERVED,
+    "force_download": _SERVED,
+    "local_files_only": _SERVED,
+    "proxies": _SERVED,
+    "trust_remote_code": "code from a repo is never run here; check it, and load the folder that snapshot() gives",
+}
+_WITHOUT_EFFECT_STREAMED = {
+    "device_map": "a streamed model computes on one device; write device=",
+    "max_memory": "write cache_size= or cache_bytes=",
+    "offload_folder": "layers are read from the server again, and need no folder",
+    "quantization_config": "weights are streamed as they are stored; use from_pretrained()",
+}
 
 
 def check_limits(cache_size: Any, cache_bytes: Any, prefetch_count: Any) -> None:
@@ -23,6 +42,18 @@ def check_limits(cache_size: Any, cache_bytes: Any, prefetch_count: Any) -> None
     if cache_bytes is not None:
         _check_count("cache_bytes", cache_bytes, "must be at least 1, or None for no limit", least=1)
     _check_count("prefetch_count", prefetch_count, "counts layers and cannot be negative", least=0)
+
+
+def check_model_args(model_args: dict[str, Any], *, streamed: bool) -> None:
+    """Refuses arguments of transformers' ``from_pretrained`` that would be ignored; those that are off are taken out.
+
+    Raises:
+        TypeError: one of them is given.
+    """
+    refused = {**_WITHOUT_EFFECT, **_WITHOUT_EFFECT_STREAMED} if streamed else _WITHOUT_EFFECT
+    for name in refused.keys() & model_args.keys():
+        if model_args.pop(name):
+            raise TypeError(f"{name}= has no effect here: {refused[name]}.")
 
 
 def check_layers(argument: str, indices: Iterable[Any], count: int) -> None:

@@ -202,6 +202,11 @@ class ComponentCache:
         with self._lock:
             return list(self.policy.used), list(self.policy.ahead_of_use)
 
+    def resident_here(self) -> list[str]:
+        """Resident components that are here or on their way."""
+        with self._lock:
+            return [name for name in self.resident if name in self._loads]
+
     def wire_bytes(self) -> int:
         """Received so far, for components that are here and for those that are gone."""
         with self._lock:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from modelcache.arguments import check_layer, check_layers, check_limits
+from modelcache.arguments import check_layer, check_layers, check_limits, check_model_args
 from modelcache.connection import connect
 from modelcache.deadline import Deadline
 from modelcache.errors import Cancelled
@@ -61,7 +61,8 @@ class StreamingModel:
         NotReady: there is no server until wait_timeout.
         MissingWeights: the class has weights that the snapshot lacks.
         UnsupportedModel: it cannot be streamed; the message says what works.
-        TypeError, ValueError: a limit is no whole number, or too small; so it is when one is set later.
+        TypeError, ValueError: a limit is no whole number, or too small; so it is when one is set later. An argument of
+            ``from_pretrained`` would have no effect here.
 
     Example:
         >>> with StreamingModel("llama-3b", auto_class="AutoModelForCausalLM", cache_size=4) as model:
@@ -87,6 +88,7 @@ class StreamingModel:
         **model_args: Any,
     ) -> None:
         check_limits(cache_size, cache_bytes, prefetch_count)
+        check_model_args(model_args, streamed=True)
         self.model_name = model_name
         self._wanted = Wanted(
             name=model_name,
@@ -263,7 +265,7 @@ class StreamingModel:
         return {
             "cached_components": used,
             "prefetched_components": ahead,
-            "resident_components": list(cache.resident),
+            "resident_components": cache.resident_here(),
             "memory_usage_mb": cache.held_bytes() / 2**20,
             "cache_size": len(used),
             "max_cache_size": self._wanted.max_layers,
@@ -302,6 +304,17 @@ class StreamingModel:
         old.close_when_idle()
         return True
 
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Takes what programs say of any model (``to(device)``) where it changes nothing.
+
+        Raises:
+            UnsupportedModel: it asks for another device or dtype than the model has.
+        """
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)  # noqa: SLF001 - as nn.Module.to does
+        if dtype not in {None, self.model.dtype} or (device is not None and device != self.model.device):
+            self.model.to(*args, **kwargs)
+        return self
+
     def cleanup(self) -> Awaitable[None]:
         """Ends all threads and gives the memory back; the model cannot be used afterwards.
 
@@ -336,6 +349,9 @@ class StreamingModel:
         if callable(attribute) and not isinstance(attribute, torch.nn.Module):
             return functools.partial(self._run_method, name)
         return attribute
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *dir(self.model)})
 
     def __repr__(self) -> str:
         cache = self._session.cache

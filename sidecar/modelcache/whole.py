@@ -10,6 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from modelcache.architecture import Binding, Component
+from modelcache.arguments import check_model_args
 from modelcache.connection import connect
 from modelcache.loader import Load, Loader, default_workers, tensor_at
 from modelcache.plan import BLOCK_BYTES, lay_out, select_tensors
@@ -116,7 +117,11 @@ def from_pretrained(
 
     Example:
         >>> model = modelcache.from_pretrained(AutoModelForCausalLM, "llama-3b")
+
+    Raises:
+        TypeError: an argument of ``from_pretrained`` would have no effect here.
     """
+    check_model_args(model_args, streamed=False)
     with connect(name, address=address, token_file=token_file, ca_file=ca_file, wait_timeout=wait_timeout) as pinned:
         pretrained = load_pretrained(pinned, auto_class, model_args, subfolder=subfolder, timeout=timeout)
         where = {"subfolder": subfolder, "variant": variant}

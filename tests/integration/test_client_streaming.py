@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from transformers import BertModel
+from transformers import AutoTokenizer, BertModel, pipeline
 
 import modelcache
 from modelcache import MissingWeights, StreamingBertModel, UnsupportedModel
@@ -181,7 +181,7 @@ def test_shrinking_the_cache_evicts_and_clearing_empties_it(serve):
         model.cache_size = 1
         assert model.get_cache_info()["cache_size"] == 1
         model.clear_cache()
-        assert model.get_cache_info()["cached_components"] == []
+        assert model.get_cache_info()["cached_components"] == model.get_cache_info()["resident_components"] == []
         assert_same(model(tokens()), expected(server.folder, tokens()))
 
 
@@ -299,7 +299,7 @@ REFUSED = {
     "float": lambda module: module.float(),
     "bfloat16": lambda module: module.bfloat16(),
     "to a dtype": lambda module: module.to(torch.float16),
-    "to a device": lambda module: module.to("cpu"),
+    "to a device": lambda module: module.to("meta"),
     "to_empty": lambda module: module.to_empty(device="cpu"),
     "share_memory": lambda module: module.share_memory(),
     "train": lambda module: module.train(),
@@ -418,7 +418,52 @@ def test_layers_that_do_not_exist_are_refused(serve, index, error):
             asyncio.run(model.prefetch_next_layers(index))
         with pytest.raises(ValueError, match="prefetch_count"):
             asyncio.run(model.prefetch_next_layers(0, prefetch_count=-1))
-        assert model.get_cache_info()["cached_components"] == []
+        assert model.get_cache_info()["cached_components"] == model.get_cache_info()["resident_components"] == []
+
+
+def test_a_move_that_changes_nothing_is_taken(serve):
+    server = serve()
+    with StreamingBertModel("x", 1, address=server.address) as model:
+        for same in (model.to("cpu"), model.to(torch.float32), model.to(device="cpu", dtype=torch.float32)):
+            assert same is model
+        assert_same(model(tokens()), expected(server.folder, tokens()))
+
+
+def test_a_pipeline_of_transformers_takes_a_streamed_model():
+    tokenizer = AutoTokenizer.from_pretrained(minilm())
+    wanted = pipeline("feature-extraction", model=BertModel.from_pretrained(minilm()), tokenizer=tokenizer)
+    with FaultyServer(minilm()) as server, StreamingBertModel("x", 1, address=server.address) as model:
+        streamed = pipeline("feature-extraction", model=model, tokenizer=tokenizer)
+        assert streamed("layers arrive while it computes") == wanted("layers arrive while it computes")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"revision": "v2"}, "revision= has no effect here: .* ModelCache"),
+        ({"token": "hf_x"}, "token_file="),
+        ({"device_map": "auto"}, "write device="),
+        ({"quantization_config": {"load_in_8bit": True}}, r"from_pretrained\(\)"),
+        ({"trust_remote_code": True}, r"snapshot\(\)"),
+    ],
+)
+def test_an_argument_that_would_be_ignored_is_refused(arguments, says):
+    with pytest.raises(TypeError, match=says):
+        StreamingBertModel("x", address="127.0.0.1:1", **arguments)
+
+
+def test_an_argument_that_asks_for_what_is_so_anyway_is_taken(serve):
+    server = serve()
+    off = {"trust_remote_code": False, "revision": None, "token": None, "device_map": None}
+    with StreamingBertModel("x", address=server.address, **off) as model:
+        assert_same(model(tokens()), expected(server.folder, tokens()))
+    with pytest.raises(TypeError, match="revision="):
+        modelcache.from_pretrained("AutoModel", "x", address=server.address, revision="v2")
+
+
+def test_calls_of_the_transformers_model_are_completed(serve):
+    with StreamingBertModel("x", address=serve().address) as model:
+        assert {"get_input_embeddings", "num_parameters", "get_cache_info"} <= set(dir(model))
 
 
 def test_repr_says_what_is_here(serve):
@@ -491,4 +536,4 @@ def test_a_model_that_was_cleaned_up_says_so(serve):
     model.cleanup()
     with pytest.raises(modelcache.Cancelled, match="create it anew"):
         model.refresh()
-    assert model.get_cache_info()["cached_components"] == []
+    assert model.get_cache_info()["cached_components"] == model.get_cache_info()["resident_components"] == []
