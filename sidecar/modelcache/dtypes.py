@@ -11,7 +11,7 @@ from modelcache.errors import UnsupportedModel
 if TYPE_CHECKING:
     from modelcache.plan import Stored
 
-__all__ = ["torch_dtype"]
+__all__ = ["torch_dtype", "torch_shape"]
 
 _NAMES = {
     "F64": "float64",
@@ -51,3 +51,10 @@ def torch_dtype(stored: Stored) -> torch.dtype:
             "modelcache.snapshot() gives the files themselves."
         )
     return dtype
+
+
+def torch_shape(stored: Stored) -> tuple[int, ...]:
+    """The shape that torch gives a stored tensor: two neighbours of 4 bits are one element of its dtype."""
+    if stored.dtype == "F4":
+        return *stored.shape[:-1], stored.shape[-1] // 2
+    return stored.shape

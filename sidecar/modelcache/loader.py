@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from modelcache.deadline import Cancellation, Deadline
-from modelcache.dtypes import torch_dtype
+from modelcache.dtypes import torch_dtype, torch_shape
 from modelcache.errors import Cancelled
 from modelcache.reader import STEP_BYTES, read_run
 from modelcache.sketch import Leaf, evaluate
@@ -303,10 +303,10 @@ def assemble(
 
 def tensor_at(stored: Stored, memory: Any, offset: int) -> torch.Tensor:
     """A tensor over the bytes of ``stored`` that lie at ``offset`` of a buffer."""
-    dtype = torch_dtype(stored)
+    dtype, shape = torch_dtype(stored), torch_shape(stored)
     if not stored.length or memory is None:
-        return torch.empty(stored.shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype)
     flat = torch.frombuffer(memory, dtype=dtype, count=stored.length // dtype.itemsize, offset=offset)
     if stored.strides is None:
-        return flat.view(stored.shape)
+        return flat.view(shape)
     return flat.as_strided(stored.shape, stored.strides)
