@@ -311,7 +311,7 @@ class StreamingModel:
             UnsupportedModel: it asks for another device or dtype than the model has.
         """
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)  # noqa: SLF001 - as nn.Module.to does
-        if dtype not in {None, self.model.dtype} or (device is not None and device != self.model.device):
+        if dtype not in {None, self.model.dtype} or device not in {None, torch.device(self._wanted.device)}:
             self.model.to(*args, **kwargs)
         return self
 
@@ -344,8 +344,9 @@ class StreamingModel:
         """Everything else (generate, get_input_embeddings, …) is the transformers model's."""
         if name.startswith("_"):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        if hasattr(self.model, name):
+            self._session.cache.wait_for_resident()  # Until then, `device` would be meta.
         attribute = getattr(self.model, name)
-        self._session.cache.wait_for_resident()
         if callable(attribute) and not isinstance(attribute, torch.nn.Module):
             return functools.partial(self._run_method, name)
         return attribute
