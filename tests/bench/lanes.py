@@ -1,7 +1,5 @@
 """The least clients that can read ranges over each lane, into memory that is there already."""
 
-import socket
-import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +7,9 @@ from pathlib import Path
 import grpc
 
 from bench.peers import flight, grpc_bytes, raw_tcp
+from modelcache.deadline import Deadline
+from modelcache.http_lane import HttpLane, Server
+from modelcache.security import Security
 from modelcache_wire.v1 import weights_pb2, weights_pb2_grpc
 
 Read = Callable[[int, memoryview], None]
@@ -23,7 +24,7 @@ class Target:
     port: int
     digest: str = ""
     path: str = ""
-    token: str = ""
+    token_file: str = ""
     certificate: str = ""
 
 
@@ -63,7 +64,8 @@ def _grpc(target: Target) -> Read:
     # A channel of its own connection each, as separate clients have.
     channel = grpc.insecure_channel(f"127.0.0.1:{target.port}", options=[("grpc.use_local_subchannel_pool", 1)])
     stub = weights_pb2_grpc.WeightsStub(channel)
-    metadata = [("authorization", f"Bearer {target.token}")] if target.token else []
+    token = Security(target.token_file).token()
+    metadata = [("authorization", f"Bearer {token}")] if token else []
 
     def read(offset: int, into: memoryview) -> None:
         wanted = [weights_pb2.Range(path=target.path, offset=offset, length=len(into))]
@@ -78,81 +80,15 @@ def _grpc(target: Target) -> Read:
 
 
 def _http(target: Target) -> Read:
-    connection = raw_tcp.connect(target.port)
-    receive = _Decrypted(connection, target.certificate) if target.lane == "https" else _Plain(connection)
-    head = (
-        f"GET /v1/snapshots/{target.digest}/{target.path} HTTP/1.1\r\nHost: localhost\r\n"
-        f"Authorization: Bearer {target.token}\r\nRange: bytes="
-    )
+    """The client's own lane, as models read through it: its token read from the file for each request."""
+    lane = HttpLane(Security(target.token_file, target.certificate))
+    server = Server("127.0.0.1", target.port, "localhost", tls=bool(target.certificate))
 
     def read(offset: int, into: memoryview) -> None:
-        receive.send(f"{head}{offset}-{offset + len(into) - 1}\r\n\r\n".encode())
-        answer = b""
-        while b"\r\n\r\n" not in answer:
-            answer += receive.some(1024)
-        start, _, rest = answer.partition(b"\r\n\r\n")
-        if not start.startswith(b"HTTP/1.1 206 "):
-            raise ConnectionError(start.decode("latin-1"))
-        into[: len(rest)] = rest
-        received = len(rest)
+        stream = lane.open(server, target.digest, target.path, offset, len(into), Deadline(60.0))
+        received = 0
         while received < len(into):
-            count = receive.into(into[received : received + raw_tcp.STEP_BYTES])
-            if not count:
-                raise ConnectionError("the server closed the connection")
-            received += count
+            received += stream.read_into(into[received : received + raw_tcp.STEP_BYTES])
+        stream.close()
 
     return read
-
-
-class _Plain:
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
-        self.send = connection.sendall
-        self.some = connection.recv
-
-    def into(self, view: memoryview) -> int:
-        return self._connection.recv_into(view, 0, socket.MSG_WAITALL)
-
-
-class _Decrypted:
-    """TLS through memory buffers: SSLSocket asks the kernel for each record of 16 KiB, this for 256 KiB."""
-
-    def __init__(self, connection: socket.socket, certificate: str) -> None:
-        self._connection = connection
-        self._received = memoryview(bytearray(256 * 1024))
-        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        context = ssl.create_default_context(cafile=certificate)
-        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname="localhost")
-        while True:
-            try:
-                self._tls.do_handshake()
-            except ssl.SSLWantReadError:
-                self._flush()
-                self._feed()
-            else:
-                self._flush()
-                return
-
-    def send(self, data: bytes) -> None:
-        self._tls.write(data)
-        self._flush()
-
-    def some(self, size: int) -> bytes:
-        view = memoryview(bytearray(size))
-        return bytes(view[: self.into(view)])
-
-    def into(self, view: memoryview) -> int:
-        while True:
-            try:
-                return self._tls.read(len(view), view)
-            except ssl.SSLWantReadError:
-                self._feed()
-
-    def _feed(self) -> None:
-        count = self._connection.recv_into(self._received)
-        if not count:
-            raise ConnectionError("the server closed the connection")
-        self._incoming.write(self._received[:count])
-
-    def _flush(self) -> None:
-        self._connection.sendall(self._outgoing.read())

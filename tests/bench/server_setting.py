@@ -25,7 +25,7 @@ class Served:
     file: Path
     size: int
     digest: str
-    token: str
+    token_file: Path
     options: tuple[str, ...]
 
     @classmethod
@@ -42,9 +42,10 @@ class Served:
             "--token-key-set", str(keys), "--token-issuer", ISSUER, "--token-audience", AUDIENCE,
             "--allow", "default/reader", "--cache-size", f"{-(-mebibytes // 4) * 4 + 64}Mi",
         )  # fmt: skip
-        token = issuer.token(seconds=3600)
+        token_file = run.folder / "token"
+        token_file.write_text(issuer.token(seconds=3600))
         blob = snapshot.blob_path(snapshot.file(NAME))
-        return cls(run, volume.root, blob, len(data), snapshot.digest, token, options)
+        return cls(run, volume.root, blob, len(data), snapshot.digest, token_file, options)
 
     def serve(self, *options: str, module: str = "modelcache_server") -> tuple[Child, dict[str, int]]:
         """Start the program, warm; it and its ports (grpc, http, status)."""
@@ -62,7 +63,7 @@ class Served:
 
     def target(self, lane: str, port: int, certificate: Path | str = "") -> Target:
         """Our file over one of our lanes."""
-        return Target(lane, port, self.digest, NAME, self.token, str(certificate))
+        return Target(lane, port, self.digest, NAME, str(self.token_file), str(certificate))
 
     def peer(self, name: str, *arguments: Path) -> tuple[int, int]:
         """Start `bench.peers.NAME` over the file: (port, process id)."""
