@@ -124,8 +124,14 @@ def test_hf_cache_verify_notices_a_changed_file(small, tmp_path):
     assert "onnx/model.onnx" in done.stdout + done.stderr
 
 
-def test_the_curl_example(small, tmp_path):
+@pytest.mark.parametrize("begun", ["nothing", "this commit's", "another one's"])
+def test_the_curl_example(small, tmp_path, begun):
     server, commit = small
+    half = FILES["model.safetensors"][: len(FILES["model.safetensors"]) // 2]
+    if begun == "this commit's":
+        (tmp_path / f"model.safetensors.{commit}.part").write_bytes(half)
+    elif begun == "another one's":
+        (tmp_path / "model.safetensors").write_bytes(bytes(len(half)))
     done = run(server, [EXAMPLES / "curl.sh", REPO, "model.safetensors"], tmp_path)
     assert done.returncode == 0, done.stderr
     content = FILES["model.safetensors"]

@@ -3,6 +3,7 @@
 import hashlib
 import http.client
 import json
+import socket
 from urllib.parse import quote
 
 import pytest
@@ -179,6 +180,15 @@ def test_writing_is_not_allowed(server, method, path, body):
     connection.close()
 
 
+@pytest.mark.parametrize("path", [f"/{REPO}/resolve/main/config.json", f"{API}/commit/main", "/api/repos/create"])
+@pytest.mark.parametrize("method", ["PUT", "POST"])
+@pytest.mark.parametrize("length", ["Content-Length: 3000000", "Transfer-Encoding: chunked"])
+def test_writing_much_is_not_allowed_either(server, method, path, length):
+    with socket.create_connection((HOST, server.addresses.http), timeout=30) as connection:
+        connection.sendall(f"{method} {path} HTTP/1.1\r\nHost: h\r\n{length}\r\n\r\n".encode())
+        assert connection.recv(4096).startswith(b"HTTP/1.1 405 ")
+
+
 def test_the_model_info_tells_files_and_no_more_than_is_known(server, world):
     info = answer_json(server, API)
     assert (info["id"], info["sha"]) == (REPO, world.new)
@@ -319,6 +329,15 @@ def test_a_requested_tag_a_name_with_slashes_and_main_are_the_same(tmp_path):
                 assert resolve(server, "config.json", other).status == 404
 
 
+def test_a_requested_short_commit_is_no_branch(tmp_path):
+    with hub_world(tmp_path) as world:
+        sha = world.commit(OLD)
+        world.fetch(sha[:8])
+        with running(world.volume) as server:
+            assert [each["name"] for each in answer_json(server, f"{API}/refs")["branches"]] == ["main"]
+            assert resolve(server, "config.json", sha[:8]).status == 200
+
+
 def test_a_short_commit_that_fits_two_is_refused(tmp_path):
     for last in "12":
         make_volume(tmp_path / "volume", {"config.json": last.encode()}, commit="abcdef0" * 5 + f"0000{last}")
@@ -410,11 +429,14 @@ def test_a_model_that_was_renamed_keeps_its_old_commits_under_the_old_name(tmp_p
             assert server.ask(path).headers["x-error-code"] == "RepoNotFound"
 
 
-def test_reading_renews_the_lease_of_what_is_read(tmp_path):
+@pytest.mark.parametrize(
+    "path", ["/org/name/resolve/main/config.json", "/api/models/org/name", "/api/models/org/name/tree/main"]
+)
+def test_reading_and_asking_renew_the_lease_of_what_will_be_read(tmp_path, path):
     volume, snapshot = make_volume(tmp_path / "volume", {"config.json": b"{}"})
     with running(volume.root) as server:
         assert volume.leased() == set()
-        server.ask("/org/name/resolve/main/config.json")
+        server.ask(path)
         assert volume.leased() == {snapshot.digest}
 
 

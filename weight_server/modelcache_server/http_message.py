@@ -8,6 +8,7 @@ from modelcache_server.errors import Reason, RequestError
 
 MAX_HEADERS = 64
 MAX_BODY_BYTES = 64 * 1024
+_ASKED_BY_POST = b"/paths-info/"  # every other POST would write
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([\x21-\x7e]+) HTTP/1\.([01])")
 _HEADER = re.compile(rb"(" + _TOKEN + rb"):[ \t]*([\x20-\x7e\x80-\xff\t]*?)[ \t]*")
@@ -94,23 +95,26 @@ def parse_request(head: bytes) -> Request:
     headers = _parse_headers(rest)
     if minor == b"1" and "host" not in headers:
         raise BadRequest(400, "The Host header is missing.")
-    body_length = _body_length(method, headers)
+    body_length = _body_length(method, target, headers)
     wishes = {wish.strip().lower() for wish in headers.get("connection", "").split(",")}
     keep_alive = "close" not in wishes and (minor == b"1" or "keep-alive" in wishes)
     path, _, query = target.decode("ascii").partition("?")
     return Request(method.decode("ascii"), path, query, headers, keep_alive, body_length)
 
 
-def _body_length(method: bytes, headers: dict[str, str]) -> int:
+def _body_length(method: bytes, target: bytes, headers: dict[str, str]) -> int:
     """A body that we would not read could be taken for the next request: what is not read ends the connection."""
     stated = headers.get("content-length", "0")
-    if "transfer-encoding" in headers or not _LENGTH.fullmatch(stated):
-        raise BadRequest(400, "A request's body needs a Content-Length.")
-    length = int(stated)
-    if length and method in {b"GET", b"HEAD"}:
-        raise BadRequest(400, "Requests that read have no body.")
-    if length and method != b"POST":
+    known = "transfer-encoding" not in headers and _LENGTH.fullmatch(stated)
+    length = int(stated) if known else None
+    if length != 0 and method not in {b"GET", b"HEAD", b"POST"}:
         raise BadRequest(405, "This server is read-only.")
+    if (length is None or length > MAX_BODY_BYTES) and method == b"POST" and _ASKED_BY_POST not in target:
+        raise BadRequest(405, "This server is read-only.")
+    if length is None:
+        raise BadRequest(400, "A request's body needs a Content-Length.")
+    if length and method != b"POST":
+        raise BadRequest(400, "Requests that read have no body.")
     if length > MAX_BODY_BYTES:
         raise BadRequest(413, f"The body is longer than {MAX_BODY_BYTES} bytes.")
     return length

@@ -22,6 +22,7 @@ INVALID_CREDENTIALS = "Invalid credentials in Authorization header"
 """The one text with which huggingface_hub takes a 401 for what it is, and not for a missing repo."""
 
 _OTHER_KINDS = ("datasets", "spaces")
+_SHORT_COMMIT = 7  # digits, at least
 
 
 class HubRoutes:
@@ -64,15 +65,20 @@ class HubRoutes:
     def _resolve(self, request: Request, segments: list[str]) -> Reply:
         repo, (_, *rest) = self._revisions.split(segments)
         ref, path = self._revisions.split_revision(repo, rest)
-        revision = self._revisions.resolve(repo, ref)
+        revision = self._pinned(repo, ref)
         file = revision.listing.files.get("/".join(path))
         if file is None:
             return _no_such_entry(repo, revision, "/".join(path))
-        self._catalog.renew_lease(revision.digest)
         more = (self._cache_control(revision), *_commit_header(revision))
         wanted = request.headers.get("range")
         # A server may answer several ranges with the whole file, and clients expect that of this API.
         return file_reply(request, file.served, file.etag, more, None if wanted and "," in wanted else wanted)
+
+    def _pinned(self, repo: str, ref: str) -> HubRevision:
+        """A revision, kept for a while: who asks about it will ask for its files next."""
+        revision = self._revisions.resolve(repo, ref)
+        self._catalog.renew_lease(revision.digest)
+        return revision
 
     def _api(self, request: Request, segments: list[str]) -> Reply:
         query = parse_qs(request.query)
@@ -100,7 +106,7 @@ class HubRoutes:
         return _no_such_page() if more else self._paths_info(request, repo, ref)
 
     def _info(self, repo: str, ref: str, query: Mapping[str, list[str]]) -> Reply:
-        revision = self._revisions.resolve(repo, ref)
+        revision = self._pinned(repo, ref)
         blobs = _is_true(query, "blobs")
         info = {
             "id": repo,
@@ -121,12 +127,12 @@ class HubRoutes:
         return self._json(info, revision)
 
     def _tree(self, repo: str, ref: str, folder: str, *, recursive: bool) -> Reply:
-        revision = self._revisions.resolve(repo, ref)
+        revision = self._pinned(repo, ref)
         entries = revision.listing.tree(folder, recursive=recursive)
         return _no_such_entry(repo, revision, folder) if entries is None else self._json(entries, revision)
 
     def _paths_info(self, request: Request, repo: str, ref: str) -> Reply:
-        revision = self._revisions.resolve(repo, ref)
+        revision = self._pinned(repo, ref)
         paths = dict.fromkeys(path.strip("/") for path in _asked_paths(request))
         entries = [entry for path in paths if (entry := revision.listing.entry(path)) is not None]
         return self._json(entries, revision)
@@ -136,8 +142,9 @@ class HubRoutes:
         active = self._revisions.active_ref(repo)
         if active is not None:
             requested, commit = active
-            # A commit is no ref.
-            for name in dict.fromkeys(name for name in (ACTIVE_REFS[0], requested) if name and name != commit):
+            # A commit is no ref, also when it is named by its beginning.
+            names = [ACTIVE_REFS[0], *([requested] if requested and not _is_commit(requested, commit) else [])]
+            for name in dict.fromkeys(names):
                 kind, ref = _kind_of_ref(name)
                 refs[kind].append({"name": name, "ref": ref, "targetCommit": commit})
         return self._json(refs, None)
@@ -154,6 +161,10 @@ class HubRoutes:
         immutable = revision is not None and revision.pinned
         how = "max-age=31536000, immutable" if immutable else "no-cache"
         return "Cache-Control", f"{self._scope}, {how}"
+
+
+def _is_commit(name: str, commit: str) -> bool:
+    return len(name) >= _SHORT_COMMIT and commit.startswith(name)
 
 
 def _kind_of_ref(name: str) -> tuple[str, str]:
