@@ -71,7 +71,10 @@ func isShared(mode v1.PersistentVolumeAccessMode) bool {
 
 func (p volumes) create(ctx context.Context, name string, bytes int64) error {
 	image, dir := p.image(name), p.mountPoint(name)
-	if err := os.Mkdir(dir, 0o755); err != nil {
+	// The provisioner may ask again before it sees its own volume; an attempt that failed left nothing.
+	if err := os.Mkdir(dir, 0o755); errors.Is(err, os.ErrExist) {
+		return nil
+	} else if err != nil {
 		return err
 	}
 	if err := os.WriteFile(image, nil, 0o600); err != nil {
