@@ -224,7 +224,7 @@ def test_up_prints_what_to_paste(tmp_path):
     with serving("up", "-f", manifest, "--volume", tmp_path / "volume", ready=tmp_path / "ready") as (child, _):
         found = re.search(r'export HF_ENDPOINT=(http://\S+) .*from_pretrained\("(\S+)"\)', child.output)
         assert found, child.output
-        assert found[2] == "mine", "a folder is called by the ModelCache's name"
+        assert found[2] == "modelcache/mine", "the name of a folder that works in every program"
         done = run(found[1], ["hf", "download", found[2], "--local-dir", "here"], tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
     for path in ("config.json", "model.safetensors"):

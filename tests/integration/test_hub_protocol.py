@@ -1,15 +1,18 @@
 """The Hugging Face Hub's API as the weight server speaks it, header by header."""
 
+import contextlib
 import hashlib
 import http.client
 import json
+import os
 import socket
 from urllib.parse import quote
 
 import pytest
 
-from modelcache_server import TokenSettings
+from modelcache_server import TokenSettings, catalog
 from modelcache_volume import Volume
+from modelcache_wire.v1 import weights_pb2
 from support.hub_world import NAME, REPO, git_oid, hub_files, hub_world
 from support.server_security import AUDIENCE, ISSUER, Issuer
 from support.server_volume import (
@@ -189,6 +192,41 @@ def test_writing_much_is_not_allowed_either(server, method, path, length):
         assert connection.recv(4096).startswith(b"HTTP/1.1 405 ")
 
 
+@pytest.mark.parametrize("length", ["Content-Length: 3000000", "Content-Length: 5", "Transfer-Encoding: chunked"])
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [(f"{API}/paths-info/nope", 404), ("/api/models/acme/no/paths-info/main", 404), (f"{API}/commit/main", 405)],
+)
+def test_a_body_that_is_not_needed_is_not_waited_for(server, path, status, length):
+    with socket.create_connection((HOST, server.addresses.http), timeout=30) as connection:
+        connection.sendall(f"POST {path} HTTP/1.1\r\nHost: h\r\n{length}\r\nExpect: 100-continue\r\n\r\n".encode())
+        answer = b""
+        while data := connection.recv(4096):
+            answer += data
+        assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+        assert b"Connection: close" in answer, "the body could be taken for the next request"
+
+
+def test_who_asks_first_is_told_to_send_the_body(server):
+    body = b"paths=config.json"
+    head = f"POST {API}/paths-info/main HTTP/1.1\r\nHost: h\r\nContent-Length: {len(body)}\r\nExpect: 100-continue\r\n"
+    with socket.create_connection((HOST, server.addresses.http), timeout=30) as connection:
+        for _ in range(2):
+            connection.sendall(f"{head}\r\n".encode())
+            assert connection.recv(4096) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            connection.sendall(body)
+            assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
+        connection.sendall(f"{head}\r\n".encode() + body)
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200 "), "who sent it already needs no such word"
+
+
+@pytest.mark.parametrize("length", ["Content-Length: 262145", "Transfer-Encoding: chunked"])
+def test_a_body_that_is_too_long_is_refused_before_it_is_sent(server, length):
+    with socket.create_connection((HOST, server.addresses.http), timeout=30) as connection:
+        connection.sendall(f"POST {API}/paths-info/main HTTP/1.1\r\nHost: h\r\n{length}\r\n\r\n".encode())
+        assert connection.recv(4096).startswith((b"HTTP/1.1 413 ", b"HTTP/1.1 411 "))
+
+
 def test_the_model_info_tells_files_and_no_more_than_is_known(server, world):
     info = answer_json(server, API)
     assert (info["id"], info["sha"]) == (REPO, world.new)
@@ -246,9 +284,9 @@ def post(server: Running, path: str, body: str, kind: str = "application/x-www-f
 def test_paths_info_tells_of_those_that_are_there(server):
     asked = ["config.json", "onnx", "nope", "tokenizer/names ü+%.json", "config.json", "../FORMAT"]
     form = "&".join(f"paths={quote(path, safe='')}" for path in asked) + "&expand=False"
-    found = [post(server, f"{API}/paths-info/main", form)]
-    found.append(post(server, f"{API}/paths-info/main", json.dumps({"paths": asked}), "application/json"))
-    for status, body in found:
+    kinds = ("application/json", "Application/JSON; charset=UTF-8")
+    found = [post(server, f"{API}/paths-info/main", json.dumps({"paths": asked}), kind) for kind in kinds]
+    for status, body in [*found, post(server, f"{API}/paths-info/main", form)]:
         assert status == 200
         kinds = [(entry["path"], entry["type"]) for entry in json.loads(body)]
         assert kinds == [("config.json", "file"), ("onnx", "directory"), ("tokenizer/names ü+%.json", "file")]
@@ -257,10 +295,46 @@ def test_paths_info_tells_of_those_that_are_there(server):
         assert post(server, f"{API}/paths-info/main", nonsense, "application/json")[0] == 400
 
 
+def test_paths_info_takes_as_many_paths_as_the_hub_does(server):
+    asked = [f"{'ü' * 30}/{number}" for number in range(999)] + ["config.json"]
+    form = "&".join(f"paths={quote(path, safe='')}" for path in asked)
+    assert len(form) > 180_000
+    status, body = post(server, f"{API}/paths-info/main", form)
+    assert (status, [entry["path"] for entry in json.loads(body)]) == (200, ["config.json"])
+
+
+def test_access_can_be_checked(server):
+    assert answer_json(server, f"{API}/auth-check") == {}
+    writing = server.ask(f"{API}/auth-check/write")
+    assert (writing.status, writing.headers["x-error-message"]) == (403, "Nobody may write: this server is read-only.")
+    assert server.ask("/api/models/acme/other/auth-check").headers["x-error-code"] == "RepoNotFound"
+
+
+def test_an_escaped_slash_in_a_repos_name_is_told(server):
+    for path in ("/api/models/acme%2ftiny", "/acme%2Ftiny/resolve/main/config.json"):
+        assert server.ask(path).headers["x-error-message"] == "Write the slash of acme/tiny as it is, not as %2F."
+
+
+def test_a_target_may_be_a_whole_url(server):
+    answer = server.ask(f"http://proxied{API}?blobs=true")
+    assert (answer.status, json.loads(answer.body)["id"]) == (200, REPO)
+
+
 def test_refs_name_what_is_active(server, world):
     refs = answer_json(server, f"{API}/refs")
     assert refs["branches"] == [{"name": "main", "ref": "refs/heads/main", "targetCommit": world.new}]
     assert (refs["tags"], refs["converts"], refs["pullRequests"]) == ([], [], [])
+    for ref in ("refs/heads/main", "refs%2Fheads%2Fmain"):
+        answer = server.ask(f"/{REPO}/resolve/{ref}/onnx/model.onnx")
+        assert (answer.body, answer.headers["x-repo-commit"]) == (NEW["onnx/model.onnx"], world.new)
+
+
+@pytest.mark.parametrize("ref", ["refs/convert/parquet", "refs/pr/3", "refs/heads/nope", "refs", "refs/heads"])
+def test_other_refs_are_not_found_under_their_whole_name(server, ref):
+    for path in (f"/{REPO}/resolve/{ref}/config.json", f"{API}/tree/{ref}", f"{API}/revision/{ref}"):
+        answer = server.ask(path)
+        assert (answer.status, answer.headers["x-error-code"]) == (404, "RevisionNotFound")
+        assert f"'{ref}" in answer.headers["x-error-message"]
 
 
 @pytest.mark.parametrize(
@@ -271,6 +345,8 @@ def test_refs_name_what_is_active(server, world):
         ("bytes=4194303-4194304", 4194303, 4194304),
         ("bytes=8000000-99999999", 8000000, None),
         ("bytes=-100", -100, None),
+        (f"bytes=8000000-{'9' * 5000}", 8000000, None),
+        (f"bytes=-{'9' * 5000}", 0, None),
     ],
 )
 def test_single_ranges(server, wanted, first, last):
@@ -284,9 +360,12 @@ def test_single_ranges(server, wanted, first, last):
 
 def test_other_ranges(server, world):
     size = len(NEW["model.safetensors"])
-    beyond = resolve(server, "model.safetensors", Range=f"bytes={size}-")
-    assert (beyond.status, beyond.headers["content-range"]) == (416, f"bytes */{size}")
-    assert beyond.headers["x-repo-commit"] == world.new
+    for first in (size, "9" * 20, "9" * 5000):
+        beyond = resolve(server, "model.safetensors", Range=f"bytes={first}-")
+        assert (beyond.status, beyond.headers["content-range"]) == (416, f"bytes */{size}")
+        assert beyond.headers["x-repo-commit"] == world.new
+    head = resolve(server, "model.safetensors", method="HEAD", Range="bytes=0-1")
+    assert (head.status, head.headers["content-length"]) == (200, str(size)), "only GET has ranges"
     several = resolve(server, "config.json", Range="bytes=0-1,3-4")
     assert (several.status, several.body) == (200, NEW["config.json"])
     empty = resolve(server, "empty.txt", Range="bytes=0-0")
@@ -299,7 +378,16 @@ def test_conditions(server):
         assert resolve(server, "model.safetensors", If_None_Match=known).status == 304
     assert resolve(server, "model.safetensors", If_None_Match='"x"').status == 200
     assert resolve(server, "model.safetensors", Range="bytes=0-1", If_Range=etag).status == 206
-    assert resolve(server, "model.safetensors", Range="bytes=0-1", If_Range='"x"').status == 200
+    for other in ('"x"', f"W/{etag}", "*", f'"x", {etag}', "Sun, 29 Nov 2026 00:00:00 GMT"):
+        answer = resolve(server, "model.safetensors", Range="bytes=0-1", If_Range=other)
+        assert (answer.status, answer.body == NEW["model.safetensors"]) == (200, True)
+    for meant in (etag, f'"x", {etag}', "*"):
+        assert resolve(server, "model.safetensors", Range="bytes=0-1", If_Match=meant).status == 206
+        assert resolve(server, "model.safetensors", method="HEAD", If_Match=meant, If_None_Match=etag).status == 304
+    for other in ('"x"', f"W/{etag}"):
+        answer = resolve(server, "model.safetensors", Range="bytes=0-1", If_Match=other, If_None_Match=etag)
+        assert (answer.status, answer.headers["x-error-code"]) == (412, "PreconditionFailed")
+        assert etag in answer.headers["x-error-message"]
 
 
 def test_an_endpoint_with_a_slash_at_its_end_works(server):
@@ -363,17 +451,21 @@ def test_buckets_and_folders_are_called_by_the_models_name(tmp_path, source):
     commit = hashlib.sha256(source.encode()).hexdigest()[:40]
     make_volume(tmp_path / "volume", files, name="bert", repo_id=source, requested="", commit=commit)
     with running(tmp_path / "volume") as server:
-        for path, data in files.items():
-            answer = server.ask(f"/bert/resolve/main/{path}")
-            assert (answer.body == data, answer.headers["x-repo-commit"]) == (True, commit)
-            assert answer.headers["etag"] == f'"{hashlib.sha256(data).hexdigest()}"'
-        info = answer_json(server, "/api/models/bert")
-        assert (info["id"], info["sha"]) == ("bert", commit)
-        for entry in answer_json(server, f"/api/models/bert/tree/{commit}"):
-            assert entry["oid"] == git_oid(pointer(files[entry["path"]])), "the id that an LFS pointer has in Git"
-            assert entry["lfs"]["oid"] == hashlib.sha256(files[entry["path"]]).hexdigest()
-        assert [each["name"] for each in answer_json(server, "/api/models/bert/refs")["branches"]] == ["main"]
-        assert server.ask("/bucket/resolve/main/config.json").headers["x-error-code"] == "RepoNotFound"
+        for name in ("bert", "modelcache/bert"):
+            for path, data in files.items():
+                answer = server.ask(f"/{name}/resolve/main/{path}")
+                assert (answer.body == data, answer.headers["x-repo-commit"]) == (True, commit)
+                assert answer.headers["etag"] == f'"{hashlib.sha256(data).hexdigest()}"'
+            info = answer_json(server, f"/api/models/{name}")
+            assert (info["id"], info["sha"]) == (name, commit)
+            for entry in answer_json(server, f"/api/models/{name}/tree/{commit[:8]}"):
+                assert entry["oid"] == git_oid(pointer(files[entry["path"]])), "the id that an LFS pointer has in Git"
+                assert entry["lfs"]["oid"] == hashlib.sha256(files[entry["path"]]).hexdigest()
+            assert [each["name"] for each in answer_json(server, f"/api/models/{name}/refs")["branches"]] == ["main"]
+        for name in ("bucket", "modelcache/other", "modelcache", "org/bert"):
+            answer = server.ask(f"/{name}/resolve/main/config.json")
+            assert answer.headers["x-error-code"] == "RepoNotFound"
+            assert "bert or modelcache/bert" in answer.headers["x-error-message"]
 
 
 def test_a_plain_folder_is_called_by_its_name_and_has_a_stable_commit(tmp_path):
@@ -440,6 +532,33 @@ def test_reading_and_asking_renew_the_lease_of_what_will_be_read(tmp_path, path)
         assert volume.leased() == {snapshot.digest}
 
 
+@pytest.mark.parametrize("lane", ["hub", "snapshots", "grpc"])
+def test_a_body_that_takes_long_keeps_its_revision(tmp_path, monkeypatch, lane):
+    monkeypatch.setattr(catalog, "_LEASE_RENEWAL_SECONDS", 0.0)
+    content = random_bytes(32 << 20)
+    volume, snapshot = make_volume(tmp_path / "volume", {"model.bin": content})
+    urls = {"hub": "/org/name/resolve/main/model.bin", "snapshots": f"/v1/snapshots/{snapshot.digest}/model.bin"}
+    with running(volume.root) as server, contextlib.ExitStack() as closing:
+        if lane == "grpc":
+            request = weights_pb2.ReadRequest(
+                digest=snapshot.digest, ranges=[weights_pb2.Range(path="model.bin", length=len(content))]
+            )
+            replies = closing.enter_context(server.stub()).Read(request, timeout=60)
+            pieces = (reply.data for reply in replies)
+        else:
+            connection = http.client.HTTPConnection(HOST, server.addresses.http, timeout=60)
+            closing.callback(connection.close)
+            connection.request("GET", urls[lane])
+            response = connection.getresponse()
+            pieces = iter(lambda: response.read(1 << 20), b"")
+        received = [next(pieces)]
+        lapsed = volume.layout.lease(snapshot.digest, "test")
+        os.utime(lapsed, (0, 0))
+        while snapshot.digest not in volume.leased():
+            received.append(next(pieces))
+        assert b"".join([*received, *pieces]) == content
+
+
 def test_before_anything_is_active_clients_are_told_to_come_again(tmp_path):
     Volume.create(tmp_path / "volume")
     with running(tmp_path / "volume", ready=False) as server:
@@ -489,8 +608,11 @@ PAGES = ("/org/name/resolve/main/config.json", "/api/models/org/name", "/api/mod
 def test_without_a_valid_token_nothing_is_told(guarded, path):
     server, issuer = guarded
     for headers in ({}, *({"Authorization": f"Bearer {bad}"} for bad in ("hf_abc", issuer.token(seconds=-60)))):
-        answer = server.ask(path, **headers)
-        assert answer.status == 401
+        for method in ("GET", "HEAD"):
+            answer = server.ask(path, method=method, **headers)
+            assert answer.status == 401
+            assert answer.headers["x-error-message"].startswith("Not authenticated: "), "also where there is no body"
+        answer = server.ask(path, X_Forwarded_Proto="https", **headers)
         assert answer.headers["x-error-message"] == "Invalid credentials in Authorization header"
         assert b"Not authenticated: " in answer.body
 

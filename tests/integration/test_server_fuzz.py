@@ -37,7 +37,7 @@ PATHS = (
 ODD_LINES = (
     "Content-Length: 5", "Content-Length: -1", "Transfer-Encoding: chunked", " folded", "no colon", "X : y",
     "Host: twice", "If-None-Match: *", "If-Range: x", "Connection: close", "X: " + "y" * 9000, "Expect: 100-continue",
-    "Upgrade: h2c", "Authorization: Bearer x",
+    "Upgrade: h2c", "Authorization: Bearer x", "If-Match: x", "Expect: x",
 )  # fmt: skip
 FEW, MANY = 2_000, 100_000
 
@@ -83,9 +83,12 @@ class HttpFuzzer:
         pick = self._random
         path = pick.choice(PATHS)
         digest = pick.choice((self._digest,) * 8 + ("0" * 64, self._digest[:-1], "..", ""))
+        ref = pick.choice(("main",) * 8 + ("HEAD", "refs/heads/main", "refs", "0" * 40, "%2e%2e", "a%2Fb", ""))
+        folder = pick.choice((f"/v1/snapshots/{digest}", f"/org/name/resolve/{ref}"))
+        origin = pick.choice(("",) * 8 + ("http://other", "HTTPS://[::1]:1", "ftp://other", "http://"))
         method = pick.choice(("GET",) * 12 + ("HEAD", "POST", "DELETE", "get", "G T", ""))
         version = pick.choice(("HTTP/1.1",) * 20 + ("HTTP/1.0", "HTTP/2.0", "HTTP/1.1 ", "http/1.1", ""))
-        lines = [f"{method} /v1/snapshots/{digest}/{path} {version}", "Host: h", f"Range: {self._range()}"]
+        lines = [f"{method} {origin}{folder}/{path} {version}", "Host: h", f"Range: {self._range()}"]
         if pick.random() < 0.1:
             lines.append(pick.choice(ODD_LINES))
         data = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
@@ -117,7 +120,7 @@ class HttpFuzzer:
             answer += more
         head, _, body = answer.partition(b"\r\n\r\n")
         status = int(head.split(b" ")[1])
-        assert status in {200, 206, 304, 400, 404, 405, 408, 413, 416, 431, 505}, (status, data)
+        assert status in {200, 206, 304, 400, 404, 405, 408, 412, 416, 417, 431, 505}, (status, data)
         headers = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:])
         length = 0 if data.startswith(b"HEAD") or status == 304 else int(headers[b"content-length"])
         while len(body) < length:

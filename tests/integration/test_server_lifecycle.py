@@ -335,7 +335,7 @@ def test_connections_beyond_the_limit_are_told_to_come_again(tmp_path):
         (b"GET / HTTP/1.1\r\nHost: h\r\nX: " + b"a" * 20_000, b"431"),
         (b"GET / HTTP/1.1\r\nHost: h\r\nContent-Length: 10\r\n\r\n0123456789", b"400"),
         (b"PUT / HTTP/1.1\r\nHost: h\r\nContent-Length: 10\r\n\r\n0123456789", b"405"),
-        (b"POST /a/paths-info/b HTTP/1.1\r\nHost: h\r\nContent-Length: 100000\r\n\r\n" + bytes(1000), b"413"),
+        (b"POST /api/models/org/name/paths-info/main HTTP/1.1\r\nHost: h\r\nContent-Length: 300000\r\n\r\nx", b"413"),
         (b"GET / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", b"400"),
         (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"505"),
     ],

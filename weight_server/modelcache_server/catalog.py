@@ -200,6 +200,7 @@ class Catalog:
                 tuple(file.block_crc32c),
                 f"{folder}/{file.sha256.hex()}",
                 partial(self._open, published, file),
+                partial(self.renew_lease, digest),
             )
             for file in published.manifest.files
         }

@@ -17,6 +17,7 @@ class Reason(StrEnum):
     UNKNOWN_REF = "UNKNOWN_REF"
     NO_SUCH_FILE = "NO_SUCH_FILE"
     OUT_OF_RANGE = "OUT_OF_RANGE"
+    PRECONDITION_FAILED = "PRECONDITION_FAILED"
     INVALID_REQUEST = "INVALID_REQUEST"
     CORRUPT_BLOB = "CORRUPT_BLOB"
     RESOURCE_EXHAUSTED = "RESOURCE_EXHAUSTED"
@@ -41,6 +42,7 @@ REASONS: dict[Reason, ReasonInfo] = {
     Reason.UNKNOWN_REF: ReasonInfo(grpc.StatusCode.NOT_FOUND, 404, "RevisionNotFound"),
     Reason.NO_SUCH_FILE: ReasonInfo(grpc.StatusCode.INVALID_ARGUMENT, 404, "EntryNotFound"),
     Reason.OUT_OF_RANGE: ReasonInfo(grpc.StatusCode.INVALID_ARGUMENT, 416, "OutOfRange"),
+    Reason.PRECONDITION_FAILED: ReasonInfo(grpc.StatusCode.FAILED_PRECONDITION, 412, "PreconditionFailed"),
     Reason.INVALID_REQUEST: ReasonInfo(grpc.StatusCode.INVALID_ARGUMENT, 400, "InvalidRequest"),
     Reason.CORRUPT_BLOB: ReasonInfo(grpc.StatusCode.DATA_LOSS, 500, "CorruptBlob"),
     Reason.RESOURCE_EXHAUSTED: ReasonInfo(grpc.StatusCode.RESOURCE_EXHAUSTED, 503, "ResourceExhausted"),

@@ -19,7 +19,7 @@ def file_reply(request: Request, file: ServedFile, etag: str, more: Headers, wan
         wanted: the Range header that counts; None for the whole file.
 
     Raises:
-        RequestError: INVALID_REQUEST for a range without sense.
+        RequestError: INVALID_REQUEST for a range without sense; PRECONDITION_FAILED if If-Match means another file.
     """
     headers = (
         ("Content-Type", "application/octet-stream"),
@@ -28,11 +28,14 @@ def file_reply(request: Request, file: ServedFile, etag: str, more: Headers, wan
         *more,
     )
     whole = Reply(200, headers, FilePart(file, 0, file.size))
+    meant = request.headers.get("if-match")
+    if meant is not None and not matches_etag(meant, etag, weak=False):
+        raise RequestError(Reason.PRECONDITION_FAILED, f'The file is another one by now: its ETag is "{etag}".')
     known = request.headers.get("if-none-match")
-    if known is not None and matches_etag(known, etag):
+    if known is not None and matches_etag(known, etag, weak=True):
         return without_body(whole, 304)
-    condition = request.headers.get("if-range")
-    if condition is not None and not matches_etag(condition, etag):
+    # HEAD has no ranges. If-Range has no "*", no list, and no date here, where no file has one.
+    if request.method != "GET" or request.headers.get("if-range", f'"{etag}"') != f'"{etag}"':
         wanted = None
     if wanted is not None and not file.size:
         # The only answer to a range of an empty file that all of the Hub's clients take.

@@ -11,7 +11,7 @@ from email.utils import formatdate
 from http import HTTPStatus
 
 from modelcache_server.errors import RequestError, as_request_error
-from modelcache_server.http_message import BadRequest, Request, parse_request
+from modelcache_server.http_message import BadRequest, BodyWanted, Request, parse_request
 from modelcache_server.reader import BlockReader, Loan
 from modelcache_server.settings import HttpLimits
 from modelcache_server.store import ServedFile
@@ -83,7 +83,10 @@ class Served:
 
 
 App = Callable[[Request, str], Reply]
-"""Answers a request of a client (its address); raises what `as_request_error` understands."""
+"""Answers a request of a client (its address); raises what `as_request_error` understands, and what `content` does.
+
+A request with a body is asked about as soon as its head is here, and once more if the answer wants the body.
+"""
 
 
 def error_reply(error: RequestError) -> Reply:
@@ -162,11 +165,20 @@ class HttpConnection:
                         return data is None
                     self._buffer += data
                     continue
+                self._of_file = False
+                try:
+                    kept = self._answer(request)
+                except BodyWanted:
+                    self._await_body(request)
+                    continue
             except BadRequest as error:
                 self._answer_bad(error)
                 return False
-            self._of_file = False
-            if not self._answer(request):
+            if not kept:
+                if request.body is None:
+                    self._long()
+                    self._end()
+                    return False
                 break
             answered = True
             self.deadline = time.monotonic() + self._limits.idle_seconds
@@ -176,7 +188,7 @@ class HttpConnection:
         return False
 
     def _take_request(self) -> Request | None:
-        """The next request; None while it is not all here."""
+        """The next request, without its body unless that is wanted; None while it is not all here."""
         if self._waits_for_body is None:
             while self._buffer.startswith(b"\r\n"):
                 self._buffer = self._buffer[2:]
@@ -188,19 +200,21 @@ class HttpConnection:
                     self._begin()
                 return None
             head, self._buffer = self._buffer[:end], self._buffer[end + 4 :]
-            request = parse_request(head)
-            if request.body_length:
-                self._begin()
-                self._waits_for_body = request
-        else:
-            request = self._waits_for_body
-        if len(self._buffer) < request.body_length:
+            self._begun = False
+            return parse_request(head)
+        request = self._waits_for_body
+        length = request.body_length or 0
+        if len(self._buffer) < length:
             return None
         self._begun, self._waits_for_body = False, None
-        if not request.body_length:
-            return request
-        body, self._buffer = self._buffer[: request.body_length], self._buffer[request.body_length :]
+        body, self._buffer = self._buffer[:length], self._buffer[length:]
         return replace(request, body=body)
+
+    def _await_body(self, request: Request) -> None:
+        self._begin()
+        self._waits_for_body = request
+        if "expect" in request.headers and not self._buffer:
+            self._send_bytes(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _begin(self) -> None:
         self._begun = True
@@ -228,7 +242,8 @@ class HttpConnection:
         start = time.perf_counter()
         self._sent = 0
         request_id = accepted_request_id(request.headers.get("x-request-id"))
-        keep = request.keep_alive
+        # A body that was not read could be taken for the next request.
+        keep = request.keep_alive and request.body is not None
         reply = self._ask(request)
         error = reply.error
         try:
@@ -270,6 +285,8 @@ class HttpConnection:
     def _ask(self, request: Request) -> Reply:
         try:
             return self._app(request, self._client)
+        except (BadRequest, BodyWanted):
+            raise
         except Exception as failure:  # noqa: BLE001 - every failure becomes an answer
             known = as_request_error(failure)
             if known is None:
@@ -278,18 +295,18 @@ class HttpConnection:
             return error_reply(known)
 
     def _answer_bad(self, error: BadRequest) -> None:
-        headers = [("Content-Type", "text/plain")]
-        if error.status == 405:
-            headers.append(("Allow", "GET, HEAD"))
-        reply = Reply(error.status, tuple(headers), f"{error}\n".encode(), "BAD_REQUEST")
+        reply = Reply(error.status, (("Content-Type", "text/plain"),), f"{error}\n".encode(), "BAD_REQUEST")
         self._sent = 0
         self._observe(
             Served(self._lane, "-", "-", str(error.status), reply.error, 0, 0.0, self._client, new_request_id())
         )
         self._long()
         self._send_bytes(self._head(reply, "", keep=False) + f"{error}\n".encode())
+        self._end()
+
+    def _end(self) -> None:
+        """Close while the client may still send: that would reset the connection, and the answer would be lost."""
         self._stream.shut()
-        # Closing while the client still sends would reset the connection, and the answer would be lost.
         deadline = time.monotonic() + 1.0
         try:
             for _ in range(16):

@@ -7,14 +7,14 @@ from urllib.parse import unquote_to_bytes
 from modelcache_server.errors import Reason, RequestError
 
 MAX_HEADERS = 64
-MAX_BODY_BYTES = 64 * 1024
-_ASKED_BY_POST = b"/paths-info/"  # every other POST would write
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([\x21-\x7e]+) HTTP/1\.([01])")
 _HEADER = re.compile(rb"(" + _TOKEN + rb"):[ \t]*([\x20-\x7e\x80-\xff\t]*?)[ \t]*")
 _SINGULAR = frozenset({"host", "content-length", "range", "authorization", "if-range", "transfer-encoding"})
-_RANGE = re.compile(r"bytes=(?:([0-9]{1,19})-([0-9]{0,19})|-([0-9]{1,19}))")
-_LENGTH = re.compile(r"[0-9]{1,19}")
+_ABSOLUTE = re.compile(rb"https?://[^/?#]+", re.IGNORECASE)
+_RANGE = re.compile(r"bytes=(?:([0-9]+)-([0-9]*)|-([0-9]+))", re.IGNORECASE)
+_LENGTH = re.compile(r"[0-9]+")
+_BEYOND = 10**19  # more bytes than any file has
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 
@@ -27,9 +27,13 @@ class BadRequest(Exception):
         self.status = status
 
 
+class BodyWanted(Exception):
+    """A request cannot be answered before its body is here."""
+
+
 @dataclass(frozen=True)
 class Request:
-    """A request; only a POST has a body.
+    """A request, as soon as its head is here.
 
     Attributes:
         method: as sent; methods are case-sensitive.
@@ -37,8 +41,8 @@ class Request:
         query: what follows "?"; empty without one.
         headers: values by lowercase name; several of one name are joined with ", ".
         keep_alive: whether the client wants the connection kept.
-        body_length: bytes that follow the head.
-        body: those bytes, once they were read.
+        body_length: bytes that follow the head; None if that is not known beforehand.
+        body: those bytes; None while they were not read.
     """
 
     method: str
@@ -46,8 +50,23 @@ class Request:
     query: str = ""
     headers: dict[str, str] = field(default_factory=dict)
     keep_alive: bool = True
-    body_length: int = 0
-    body: bytes = b""
+    body_length: int | None = 0
+    body: bytes | None = b""
+
+    def content(self, limit: int) -> bytes:
+        """The body, of at most `limit` bytes.
+
+        Raises:
+            BodyWanted: it was not read yet; ask again when it was.
+            BadRequest: 411 without a length, 413 beyond the limit.
+        """
+        if self.body is not None:
+            return self.body
+        if self.body_length is None:
+            raise BadRequest(411, "The body needs a Content-Length.")
+        if self.body_length > limit:
+            raise BadRequest(413, f"The body is longer than {limit} bytes: ask for less at once.")
+        raise BodyWanted
 
     def segments(self) -> list[str]:
         """The path's decoded components; a slash that was escaped stays inside its component.
@@ -78,8 +97,8 @@ def parse_request(head: bytes) -> Request:
         head: the bytes before `\r\n\r\n`.
 
     Raises:
-        BadRequest: 400 for malformed heads and for bodies where none belongs, 405 for uploads, 413 for a body above
-            `MAX_BODY_BYTES`, 431 for too many headers, 505 for other versions.
+        BadRequest: 400 for malformed heads and for bodies where none belongs, 417 for an unknown expectation, 431 for
+            too many headers, 505 for other versions.
     """
     line, *rest = head.split(b"\r\n")
     match = _REQUEST_LINE.fullmatch(line)
@@ -88,36 +107,43 @@ def parse_request(head: bytes) -> Request:
             raise BadRequest(505, "This server speaks HTTP/1.1.")
         raise BadRequest(400, "The request line is malformed.")
     method, target, minor = match.groups()
+    if (absolute := _ABSOLUTE.match(target)) is not None:
+        target = target[absolute.end() :]
+        target = target if target.startswith(b"/") else b"/" + target
     if not target.startswith(b"/"):
         raise BadRequest(400, "The request's target must be a path.")
     if len(rest) > MAX_HEADERS:
         raise BadRequest(431, f"More than {MAX_HEADERS} headers.")
     headers = _parse_headers(rest)
-    if minor == b"1" and "host" not in headers:
+    if minor == b"0":
+        headers.pop("expect", None)  # from clients that cannot wait for the answer to it
+    elif "host" not in headers:
         raise BadRequest(400, "The Host header is missing.")
-    body_length = _body_length(method, target, headers)
+    if headers.get("expect", "100-continue").lower() != "100-continue":
+        raise BadRequest(417, "This server knows the expectation 100-continue only.")
+    body_length = _body_length(headers)
+    if body_length != 0 and method in {b"GET", b"HEAD"}:
+        raise BadRequest(400, "Requests that read have no body.")
     wishes = {wish.strip().lower() for wish in headers.get("connection", "").split(",")}
     keep_alive = "close" not in wishes and (minor == b"1" or "keep-alive" in wishes)
     path, _, query = target.decode("ascii").partition("?")
-    return Request(method.decode("ascii"), path, query, headers, keep_alive, body_length)
+    body = b"" if body_length == 0 else None
+    return Request(method.decode("ascii"), path, query, headers, keep_alive, body_length, body)
 
 
-def _body_length(method: bytes, target: bytes, headers: dict[str, str]) -> int:
-    """A body that we would not read could be taken for the next request: what is not read ends the connection."""
+def _body_length(headers: dict[str, str]) -> int | None:
+    if "transfer-encoding" in headers:
+        return None
     stated = headers.get("content-length", "0")
-    known = "transfer-encoding" not in headers and _LENGTH.fullmatch(stated)
-    length = int(stated) if known else None
-    if length != 0 and method not in {b"GET", b"HEAD", b"POST"}:
-        raise BadRequest(405, "This server is read-only.")
-    if (length is None or length > MAX_BODY_BYTES) and method == b"POST" and _ASKED_BY_POST not in target:
-        raise BadRequest(405, "This server is read-only.")
-    if length is None:
-        raise BadRequest(400, "A request's body needs a Content-Length.")
-    if length and method != b"POST":
-        raise BadRequest(400, "Requests that read have no body.")
-    if length > MAX_BODY_BYTES:
-        raise BadRequest(413, f"The body is longer than {MAX_BODY_BYTES} bytes.")
-    return length
+    if not _LENGTH.fullmatch(stated):
+        raise BadRequest(400, "The Content-Length is no number.")
+    return _number(stated)
+
+
+def _number(digits: str) -> int:
+    """However many digits there are."""
+    significant = digits.lstrip("0")
+    return int(significant or "0") if len(significant) < len(str(_BEYOND)) else _BEYOND
 
 
 def _parse_headers(lines: list[bytes]) -> dict[str, str]:
@@ -149,26 +175,32 @@ def parse_range(value: str | None, size: int) -> tuple[int, int] | None:
     Raises:
         RequestError: OUT_OF_RANGE when no byte of it is in the file; INVALID_REQUEST for several ranges or nonsense.
     """
-    if value is None or not value.startswith("bytes="):
+    if value is None or not value.lower().startswith("bytes="):
         return None
     match = _RANGE.fullmatch(value)
     if match is None:
         raise RequestError(Reason.INVALID_REQUEST, "Range must be one range of bytes, like bytes=0-1023.")
     first, last, suffix = match.groups()
     if suffix is not None:
-        length = min(int(suffix), size)
+        length = min(_number(suffix), size)
         start, end = size - length, size
     else:
-        start = int(first)
-        if last and int(last) < start:
+        start = _number(first)
+        if last and _number(last) < start:
             raise RequestError(Reason.INVALID_REQUEST, "The range ends before it begins.")
-        end = min(size, int(last) + 1) if last else size
+        end = min(size, _number(last) + 1) if last else size
     if start >= end:
         raise RequestError(Reason.OUT_OF_RANGE, f"The range is outside the file's {size} bytes.")
     return start, end - start
 
 
-def matches_etag(value: str, etag: str) -> bool:
-    """Whether an If-None-Match or If-Range list names this (strong, unquoted) entity tag."""
-    tags = {tag.strip().removeprefix("W/").strip('"') for tag in value.split(",")}
-    return etag in tags or "*" in tags
+def matches_etag(value: str, etag: str, *, weak: bool) -> bool:
+    """Whether an If-Match or If-None-Match header names this (strong, unquoted) entity tag, or any.
+
+    Args:
+        value: the header.
+        etag: what there is.
+        weak: whether a weak tag of the same name will do.
+    """
+    tags = {tag.strip() for tag in value.split(",")}
+    return value == "*" or f'"{etag}"' in tags or (weak and f'W/"{etag}"' in tags)

@@ -12,8 +12,11 @@ from modelcache_server.errors import Reason, RequestError
 from modelcache_server.hub_listing import HubListing
 from modelcache_volume.v1 import manifest_pb2
 
-ACTIVE_REFS = ("main", "HEAD")
+_ACTIVE_REFS = ("main", "HEAD")
 """Stand for what is active, whatever branch or tag was asked for: programs ask for `main` unless told otherwise."""
+_NAMESPACE = "modelcache"
+"""Stands before the names of buckets and folders for programs that know no names without a slash."""
+_SPECIAL_REF_PARTS = 3  # refs/pr/1
 
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
 _FULL_COMMIT_LENGTH = 40
@@ -37,6 +40,31 @@ class HubRevision:
     published_at: int
     listing: HubListing
     digest: str
+
+
+@dataclass(frozen=True)
+class HubRef:
+    """A branch or the like, whose place in Git is `ref`."""
+
+    name: str
+    ref: str
+
+
+@dataclass(frozen=True)
+class _Active:
+    """What is active by its names, made once for each activation: nearly every request asks for it.
+
+    Attributes:
+        announced: what this was made of.
+        repos: the names of the repo.
+        refs: what is listed as its refs.
+        named: its revision by each name.
+    """
+
+    announced: Announced
+    repos: tuple[str, ...]
+    refs: tuple[HubRef, ...]
+    named: dict[str, HubRevision]
 
 
 @dataclass(frozen=True)
@@ -67,42 +95,44 @@ class HubRevisions:
         self._catalog = catalog
         self._lock = threading.Lock()
         self._index: _Index | None = None
-        self._active: tuple[Announced, dict[str, HubRevision]] | None = None
+        self._active: _Active | None = None
         self._listings: WeakKeyDictionary[ServedSnapshot, HubListing] = WeakKeyDictionary()
 
     def split(self, segments: list[str]) -> tuple[str, list[str]]:
-        """The served repo that a path begins with, and the rest of the path.
+        """The served repo that a path begins with, as it is called there, and the rest of the path.
 
         Raises:
             RequestError: NOT_READY, or UNKNOWN_REPO.
         """
-        announced = self._catalog.active()
-        active = active_repo_id(announced)
-        if _begins_with(segments, active):
-            return active, segments[active.count("/") + 1 :]
-        for repo in self._read_index(announced).repos:
-            if _begins_with(segments, repo):
-                return repo, segments[repo.count("/") + 1 :]
-        asked = "/".join(segments[:2])
+        active = self._now()
+        for repo in active.repos:
+            if (rest := _after(segments, repo)) is not None:
+                return repo, rest
+        for repo in self._read_index(active.announced).repos:
+            if (rest := _after(segments, repo)) is not None:
+                return repo, rest
+        if segments[0] in active.repos:
+            raise RequestError(Reason.UNKNOWN_REPO, f"Write the slash of {segments[0]} as it is, not as %2F.")
+        names = " or ".join(active.repos)
         raise RequestError(
             Reason.UNKNOWN_REPO,
-            f"This server has the model {active!a} only, not {asked[:200]!a}: it passes no request on to another hub.",
+            f"This server has the model {names} and no other: it passes no request on to another hub.",
         )
 
-    def active_ref(self, repo: str) -> tuple[str, str] | None:
-        """(branch or tag that was asked for, commit) of what is active; None if the repo was active earlier only."""
-        announced = self._catalog.active()
-        if repo != active_repo_id(announced):
-            return None
-        return announced.active.requested, announced.active.commit
+    def refs(self, repo: str) -> tuple[tuple[HubRef, ...], str]:
+        """The names that stand for what is active, and its commit; no names if the repo was active earlier only."""
+        active = self._now()
+        return active.refs if repo in active.repos else (), active.announced.active.commit
 
     def split_revision(self, repo: str, segments: list[str]) -> tuple[str, list[str]]:
-        """A revision that a path begins with, and the rest; the slashes of the requested ref need not be escaped."""
-        active = self.active_ref(repo)
-        parts = active[0].split("/") if active else []
-        if len(parts) > 1 and segments[: len(parts)] == parts:
-            return "/".join(parts), segments[len(parts) :]
-        return segments[0], segments[1:]
+        """A revision that a path begins with, and the rest; slashes of known refs need not be escaped."""
+        active = self._now()
+        for ref in active.refs if repo in active.repos else ():
+            for name in (ref.ref, ref.name):
+                if (rest := _after(segments, name)) is not None:
+                    return name, rest
+        length = _SPECIAL_REF_PARTS if segments[0] == "refs" else 1
+        return "/".join(segments[:length]), segments[length:]
 
     def resolve(self, repo: str, ref: str) -> HubRevision:
         """The revision that a branch, tag, full or short (7 digits or more) commit stands for.
@@ -110,9 +140,10 @@ class HubRevisions:
         Raises:
             RequestError: NOT_READY, or UNKNOWN_REF.
         """
-        announced = self._catalog.active()
-        if repo == active_repo_id(announced) and (named := self._active_names(announced).get(ref)) is not None:
+        now = self._now()
+        if repo in now.repos and (named := now.named.get(ref)) is not None:
             return named
+        announced = now.announced
         active = announced.active
         commit, kept = self._find(announced, repo, ref)
         if kept.digest == active.digest or commit == active.commit:
@@ -125,17 +156,26 @@ class HubRevisions:
             raise _unknown(repo, ref, "it was pruned") from None
         return self._revision(snapshot, commit, kept.published_at, pinned=ref == commit)
 
-    def _active_names(self, announced: Announced) -> dict[str, HubRevision]:
-        """What is active by its names, made once for each activation: nearly every request asks for it."""
+    def _now(self) -> _Active:
+        """What is active; raises NOT_READY."""
+        announced = self._catalog.active()
         known = self._active
-        if known is None or known[0] is not announced:
-            active, snapshot = announced.active, announced.snapshot
-            published_at = _published_at(snapshot.manifest, active.commit) or active.activated_at
-            moving = self._revision(snapshot, active.commit, published_at, pinned=False)
-            names = dict.fromkeys((*ACTIVE_REFS, active.requested), moving)
-            names[active.commit] = self._revision(snapshot, active.commit, published_at, pinned=True)
-            known = self._active = (announced, names)
-        return known[1]
+        if known is None or known.announced is not announced:
+            known = self._active = self._name(announced)
+        return known
+
+    def _name(self, announced: Announced) -> _Active:
+        active, snapshot = announced.active, announced.snapshot
+        published_at = _published_at(snapshot.manifest, active.commit) or active.activated_at
+        moving = self._revision(snapshot, active.commit, published_at, pinned=False)
+        refs = [_ref(_ACTIVE_REFS[0])]
+        # A commit is no ref, also when it is named by its beginning.
+        if active.requested and not _is_commit(active.requested, active.commit):
+            refs.append(_ref(active.requested))
+        names = [*_ACTIVE_REFS, active.requested, *(ref.ref for ref in refs), *(ref.name for ref in refs)]
+        named = dict.fromkeys(names, moving)
+        named[active.commit] = self._revision(snapshot, active.commit, published_at, pinned=True)
+        return _Active(announced, hub_repo_ids(announced), tuple(dict.fromkeys(refs)), named)
 
     def _revision(self, snapshot: ServedSnapshot, commit: str, published_at: int, *, pinned: bool) -> HubRevision:
         listing = self._listings.get(snapshot)
@@ -151,7 +191,7 @@ class HubRevisions:
             if len(ref) == _FULL_COMMIT_LENGTH:
                 found = [ref] if ref in commits else []
             else:
-                found = [commit for commit in commits if commit.startswith(ref)]
+                found = [commit for commit in commits if _is_commit(ref, commit)]
             if len(found) > 1:
                 raise _unknown(repo, ref, f"{len(found)} commits begin so: write more digits")
             if found:
@@ -175,28 +215,43 @@ class HubRevisions:
     def _read_repos(self, announced: Announced) -> dict[str, dict[str, _Kept]]:
         repos: dict[str, dict[str, _Kept]] = {}
         for manifest, own in self._catalog.kept():
-            commits = repos.setdefault(_repo_id(manifest, announced), {})
-            for commit, published_at in _revisions(manifest):
-                kept = _Kept(manifest.digest, own, published_at)
-                if commit not in commits or commits[commit].rank < kept.rank:
-                    commits[commit] = kept
+            for repo in _repo_ids(manifest, announced):
+                commits = repos.setdefault(repo, {})
+                for commit, published_at in _revisions(manifest):
+                    kept = _Kept(manifest.digest, own, published_at)
+                    if commit not in commits or commits[commit].rank < kept.rank:
+                        commits[commit] = kept
         return repos
 
 
-def _begins_with(segments: list[str], repo: str) -> bool:
-    parts = repo.split("/")
-    return segments[: len(parts)] == parts
+def _after(segments: list[str], name: str) -> list[str] | None:
+    """What follows a name in a path; None if it does not begin the path."""
+    parts = name.split("/")
+    return segments[len(parts) :] if segments[: len(parts)] == parts else None
 
 
-def active_repo_id(announced: Announced) -> str:
-    """What clients call the model that is active."""
-    return _repo_id(announced.snapshot.manifest, announced)
+def hub_repo_ids(announced: Announced) -> tuple[str, ...]:
+    """What clients call the model that is active; the last of the names works in every program."""
+    return _repo_ids(announced.snapshot.manifest, announced)
 
 
-def _repo_id(manifest: manifest_pb2.Manifest, announced: Announced) -> str:
-    """What clients call a source: a repo as on the Hub, a bucket or folder by the ModelCache's name."""
-    repo_id = manifest.source.repo_id
-    return announced.active.name if "://" in repo_id else repo_id
+def _repo_ids(manifest: manifest_pb2.Manifest, announced: Announced) -> tuple[str, ...]:
+    """What clients call a source: a repo as on the Hub; a bucket or folder by the ModelCache's name, bare or not."""
+    repo_id, name = manifest.source.repo_id, announced.active.name
+    return (name, f"{_NAMESPACE}/{name}") if "://" in repo_id else (repo_id,)
+
+
+def _ref(name: str) -> HubRef:
+    """A ref by its name. A tag is taken for a branch: which of the two it is was not kept, and programs look there."""
+    for prefix in ("refs/heads/", "refs/tags/"):
+        if name.startswith(prefix):
+            return HubRef(name.removeprefix(prefix), name)
+    return HubRef(name, name if name.startswith("refs/") else f"refs/heads/{name}")
+
+
+def _is_commit(name: str, commit: str) -> bool:
+    """Whether a name is that commit's, or its beginning."""
+    return bool(_COMMIT.fullmatch(name)) and commit.startswith(name)
 
 
 def _revisions(manifest: manifest_pb2.Manifest) -> Iterator[tuple[str, int]]:

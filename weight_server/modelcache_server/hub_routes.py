@@ -15,22 +15,24 @@ from modelcache_server.errors import Reason, RequestError
 from modelcache_server.file_reply import Headers, file_reply
 from modelcache_server.http_connection import Reply, error_reply
 from modelcache_server.http_message import Request
-from modelcache_server.hub_revisions import ACTIVE_REFS, HubRevision, HubRevisions
+from modelcache_server.hub_revisions import HubRevision, HubRevisions
 from modelcache_server.routes import Authorize, read_only
 
 INVALID_CREDENTIALS = "Invalid credentials in Authorization header"
-"""The one text with which huggingface_hub takes a 401 for what it is, and not for a missing repo."""
+"""The one text with which huggingface_hub takes a 401 over https for what it is, and not for a missing repo."""
 
+_MAX_ASKED_BYTES = 256 * 1024  # the Hub takes 1,000 paths at once
 _OTHER_KINDS = ("datasets", "spaces")
-_SHORT_COMMIT = 7  # digits, at least
+_KINDS_OF_REFS = {"refs/pr/": "pullRequests", "refs/convert/": "converts", "refs/tags/": "tags", "refs/": "branches"}
 
 
 class HubRoutes:
     """Model info, tree, paths-info, refs and files of the one model that is served, and of no other."""
 
-    def __init__(self, catalog: Catalog, authorize: Authorize, *, private: bool) -> None:
+    def __init__(self, catalog: Catalog, authorize: Authorize, *, private: bool, https: bool) -> None:
         """`private` says that answers are for their receiver only and no proxy may keep them."""
         self._catalog = catalog
+        self._https = https
         self._authorize = authorize
         self._revisions = HubRevisions(catalog)
         self._scope = "private" if private else "public"
@@ -41,7 +43,7 @@ class HubRoutes:
         try:
             self._authorize(request.headers.get("authorization"))
         except RequestError as error:
-            return _refusal(error)
+            return _refusal(error, https=self._https or request.headers.get("x-forwarded-proto") == "https")
         # Some clients write the endpoint with a slash at its end.
         segments = [segment for segment in request.segments() if segment]
         if request.method == "POST" and segments[:2] == ["api", "models"]:
@@ -94,6 +96,10 @@ class HubRoutes:
                 return self._tree(repo, ref, "/".join(folder), recursive=_is_true(query, "recursive"))
             case ["refs"]:
                 return self._refs(repo)
+            case ["auth-check"]:  # who is not allowed was told so already
+                return self._json({}, None)
+            case ["auth-check", "write"]:
+                raise RequestError(Reason.PERMISSION_DENIED, "Nobody may write: this server is read-only.")
             case _:
                 return _no_such_page()
 
@@ -138,16 +144,12 @@ class HubRoutes:
         return self._json(entries, revision)
 
     def _refs(self, repo: str) -> Reply:
-        refs: dict[str, list[dict[str, str]]] = {"branches": [], "tags": [], "converts": [], "pullRequests": []}
-        active = self._revisions.active_ref(repo)
-        if active is not None:
-            requested, commit = active
-            # A commit is no ref, also when it is named by its beginning.
-            names = [ACTIVE_REFS[0], *([requested] if requested and not _is_commit(requested, commit) else [])]
-            for name in dict.fromkeys(names):
-                kind, ref = _kind_of_ref(name)
-                refs[kind].append({"name": name, "ref": ref, "targetCommit": commit})
-        return self._json(refs, None)
+        lists: dict[str, list[dict[str, str]]] = {kind: [] for kind in ("branches", *_KINDS_OF_REFS.values())}
+        refs, commit = self._revisions.refs(repo)
+        for ref in refs:
+            kind = next(kind for prefix, kind in _KINDS_OF_REFS.items() if ref.ref.startswith(prefix))
+            lists[kind].append({"name": ref.name, "ref": ref.ref, "targetCommit": commit})
+        return self._json(lists, None)
 
     def _json(self, value: Any, revision: HubRevision | None) -> Reply:
         headers = (
@@ -163,25 +165,10 @@ class HubRoutes:
         return "Cache-Control", f"{self._scope}, {how}"
 
 
-def _is_commit(name: str, commit: str) -> bool:
-    return len(name) >= _SHORT_COMMIT and commit.startswith(name)
-
-
-def _kind_of_ref(name: str) -> tuple[str, str]:
-    """In which of the Hub's lists a name belongs, and its whole name in Git.
-
-    A tag is taken for a branch: which of the two a name is was not kept, and programs look among the branches.
-    """
-    for prefix, kind in (("refs/pr/", "pullRequests"), ("refs/convert/", "converts")):
-        if name.startswith(prefix):
-            return kind, name
-    return "branches", f"refs/heads/{name}"
-
-
-def _refusal(error: RequestError) -> Reply:
+def _refusal(error: RequestError, *, https: bool) -> Reply:
     """Who is not authenticated, or not allowed, in the words from which clients make the right exception."""
     reply = error_reply(error)
-    if error.reason is Reason.UNAUTHENTICATED:
+    if error.reason is Reason.UNAUTHENTICATED and https:
         return _with_headers(reply, {"X-Error-Message": INVALID_CREDENTIALS})
     if error.reason is Reason.PERMISSION_DENIED:
         return _with_headers(reply, {"X-Error-Code": "GatedRepo"})
@@ -221,11 +208,12 @@ def _asked_paths(request: Request) -> list[str]:
 
     Raises:
         RequestError: INVALID_REQUEST.
+        BodyWanted, BadRequest: as `Request.content`.
     """
     problem = RequestError(Reason.INVALID_REQUEST, "The body must be a form or JSON object with paths.")
     try:
-        text = request.body.decode()
-        if not request.headers.get("content-type", "").startswith("application/json"):
+        text = request.content(_MAX_ASKED_BYTES).decode()
+        if not request.headers.get("content-type", "").lower().startswith("application/json"):
             return parse_qs(text, max_num_fields=10_000).get("paths", [])
         document = json.loads(text)
     except (ValueError, RecursionError):

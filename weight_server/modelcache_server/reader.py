@@ -95,7 +95,7 @@ class BlockReader:
         horizon: int = 0,
         timeout: float | None = None,
     ) -> Loan:
-        """Lend the bytes [offset, offset + length) of one block (see `pieces`).
+        """Lend the bytes [offset, offset + length) of one block (see `pieces`), and renew the snapshot's lease.
 
         Args:
             file: the file; the bytes must be inside it and not cross a block's border.
@@ -109,6 +109,7 @@ class BlockReader:
             RequestError: RESOURCE_EXHAUSTED when that is over.
             CorruptBlob, SnapshotNotFound, OSError: as `BlobStore.load`.
         """
+        file.renew_lease()
         wait = self._queue_seconds if timeout is None else max(0.0, min(timeout, self._queue_seconds))
         self._admission.acquire(client, length, timeout=wait)
         try:

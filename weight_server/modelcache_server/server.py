@@ -17,7 +17,7 @@ from modelcache_server.catalog import Catalog, Origin, VolumeOrigin
 from modelcache_server.folder import FolderOrigin
 from modelcache_server.grpc_lane import GrpcServer, Links, WeightsService
 from modelcache_server.http_server import HttpServer
-from modelcache_server.hub_revisions import active_repo_id
+from modelcache_server.hub_revisions import hub_repo_ids
 from modelcache_server.hub_routes import HubRoutes
 from modelcache_server.metrics import Metrics, build_info, gauge, total
 from modelcache_server.reader import BlockReader
@@ -85,7 +85,7 @@ class Server:
         self._http = HttpServer(
             LaneRoutes(
                 SnapshotRoutes(self._catalog, self._authorize, private=private),
-                HubRoutes(self._catalog, self._authorize, private=private),
+                HubRoutes(self._catalog, self._authorize, private=private, https=settings.tls is not None),
             ),
             lane="http",
             limits=settings.http,
@@ -143,7 +143,7 @@ class Server:
     @property
     def hub_repo_id(self) -> str:
         """What programs built on huggingface_hub call the model; raises RequestError while the server is not ready."""
-        return active_repo_id(self._catalog.active())
+        return hub_repo_ids(self._catalog.active())[-1]
 
     @property
     def problem(self) -> str:

@@ -28,6 +28,7 @@ class ServedFile:
         block_crc32c: CRC-32C of each aligned 4 MiB block.
         location: which blob on which source; blobs of one content in two sources are two files on disk.
         open: opens the blob for reading, or raises CorruptBlob or SnapshotNotFound.
+        renew_lease: notes that the snapshot is being read; cheap enough to be called for each block.
     """
 
     path: str
@@ -36,6 +37,7 @@ class ServedFile:
     block_crc32c: Sequence[int]
     location: str
     open: Callable[[], int] = field(repr=False)
+    renew_lease: Callable[[], None] = field(repr=False)
 
     def block_length(self, block: int) -> int:
         """Size of a block in bytes; the last may be shorter."""

@@ -45,6 +45,11 @@ def ok(_request: Request, _client: str) -> Reply:
     return Reply(200)
 
 
+def ok_with_its_body(request: Request, _client: str) -> Reply:
+    request.content(100)
+    return Reply(200)
+
+
 def test_a_hundred_kept_connections_share_a_few_threads():
     with serving(ok) as (server, port), ExitStack() as to_close:
         clients = [connected(port, to_close) for _ in range(100)]
@@ -79,7 +84,7 @@ def test_answers_that_take_long_do_not_hold_up_the_others():
 
 def test_halves_of_requests_hold_no_thread_and_are_told_when_time_is_over():
     post = b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\n"
-    with serving(ok, header_seconds=1.0) as (_, port), ExitStack() as to_close:
+    with serving(ok_with_its_body, header_seconds=1.0) as (_, port), ExitStack() as to_close:
         halves = [connected(port, to_close) for _ in range(60)]
         for number, client in enumerate(halves):
             client.sendall(HEAD[:-3] if number % 2 else post + b"1234")

@@ -33,7 +33,7 @@ def parts(tmp_path):
     admission = Admission(16 * BLOCK_BYTES)
     reader = BlockReader(cache, store, admission, read_ahead=4, queue_seconds=5)
     sums = [crc32c.crc32c(DATA[at : at + BLOCK_BYTES]) for at in range(0, len(DATA), BLOCK_BYTES)]
-    file = ServedFile("f", len(DATA), b"s" * 32, sums, "here", lambda: os.open(path, os.O_RDONLY))
+    file = ServedFile("f", len(DATA), b"s" * 32, sums, "here", lambda: os.open(path, os.O_RDONLY), lambda: None)
     yield reader, cache, file, loads
     reader.close()
     assert admission.in_flight == 0
