@@ -29,7 +29,9 @@ class Rule:
 
 _FORMS = "write org/name, hf://org/name, s3://bucket/prefix or gs://bucket/prefix"
 _REPO = r"^(hf://)?[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?(/[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?)?$"
-_BUCKET = r"^(s3|gs|gcs)://[a-z0-9][a-z0-9._-]+[a-z0-9](/.*)?$"
+_S3 = r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?$"
+_GCS = r"^(gs|gcs)://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9](/.*)?$"
+_BAD_PREFIX = r"^(s3|gs|gcs)://([^/]*[.][.]|[^/]+/(.*/)?([.]{0,2}/+[^/]|[.]{1,2}/*$))"
 _DURATION = r"^([0-9]+(\\.[0-9]+)?h)?([0-9]+(\\.[0-9]+)?m)?([0-9]+(\\.[0-9]+)?s)?([0-9]+ms)?$"
 _IS_HUB = "!self.repoId.startsWith('s3://') && !self.repoId.startsWith('gs://') && !self.repoId.startsWith('gcs://')"
 _MANY_NODES = "'ReadWriteMany' in self.storage.accessModes"
@@ -96,18 +98,27 @@ VALIDATIONS: dict[str, list[Rule]] = {
     "spec.repoId": [
         Rule("!self.startsWith('file://')", "file:// is for `modelcache up` on one machine; " + _FORMS),
         Rule(
-            "self.startsWith('file://') || self.matches('" + _REPO + "') || self.matches('" + _BUCKET + "')",
-            "repoId names no source; " + _FORMS + " (another hub's address belongs in endpoint)",
+            "self.startsWith('file://') || "
+            + " || ".join(f"self.matches('{pattern}')" for pattern in (_REPO, _S3, _GCS)),
+            "repoId names no source; "
+            + _FORMS
+            + " (another hub's address belongs in endpoint, a revision in revision)",
         ),
         Rule(
-            "self.contains('://') && !self.startsWith('hf://') || !self.contains('--') && !self.contains('..')",
-            "a Hugging Face repo's name cannot contain '--' or '..'",
+            "self.contains('://') && !self.startsWith('hf://') || !self.contains('--') && !self.contains('..') "
+            "&& size(self.replace('hf://', '')) <= 96",
+            "a Hugging Face repo's name has at most 96 characters and cannot contain '--' or '..'",
+        ),
+        Rule(
+            f"!self.matches('{_BAD_PREFIX}')",
+            "a bucket's name cannot contain '..', nor its prefix an empty, '.' or '..' part; write s3://bucket/prefix",
         ),
     ],
     "spec.revision": [
         Rule(
             r"!self.matches('[\\x00-\\x20\\x7f~^:?*\\[\\\\]') && !self.contains('..') && !self.startsWith('-') "
-            r"&& !self.startsWith('/') && !self.startsWith('.')",
+            r"&& !self.startsWith('/') && !self.startsWith('.') && !self.endsWith('/') && !self.endsWith('.') "
+            "&& !self.endsWith('.lock') && !self.contains('//') && !self.contains('@{')",
             "revision must be a branch, tag or commit, such as main, v1.0 or a commit's 40 hex digits",
         )
     ],

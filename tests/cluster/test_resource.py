@@ -2,8 +2,10 @@
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from modelcache_api import crd
+from modelcache_api.resource import ModelCacheSpec
 from support.api_server import Refused, api_server
 
 COLLECTION = "/apis/modelcache.io/v1alpha1/namespaces/default/modelcaches"
@@ -57,6 +59,52 @@ BAD = [
     ({"server": {"access": {"serviceAccounts": [{"name": "x"}]}}}, "write mode: Token"),
     ({"server": {"cachesize": "1Gi"}}, 'unknown field "spec.server.cachesize"'),
 ]
+
+
+# What `modelcache_api` refuses as well: the API server must not take it, or it becomes InvalidSpec only later.
+BAD_SOURCES = [
+    "org/" + "n" * 93, "hf://org/" + "n" * 93, "org/name@v1", "a/b/c", "a..b/c", "/org/name", "ftp://x/y", "s3://",
+    "s3://ab", "s3://Bucket", "s3://bucket_x", "s3://" + "b" * 64, "s3://a..b", "gs://a..b/c", "gs://" + "b" * 223,
+    "s3://bucket//x", "s3://bucket/a//b", "s3://bucket/./b", "s3://bucket/a/../b", "gcs://bucket/a/.", "gs://bucket/..",
+    "s3://bucket/../",
+]  # fmt: skip
+BAD_REVISIONS = [
+    "a//b", "a/", "a.", "a.lock", "a@{1}", "/a", "-a", ".a", "a~1", "a^", "a:b", "a?", "a*", "a[b", "a\\b", "a b"
+]  # fmt: skip
+GOOD_SOURCES = [
+    "org/" + "n" * 92, "gpt2", "hf://gpt2", "org/a.b_c-d", "s3://abc", "s3://bucket/", "s3://bucket/a/b/",
+    "s3://bucket//", "s3://bucket/...", "s3://bucket/a..b/.hidden/x", "gs://bucket_x/%2F x", "gcs://" + "b" * 222,
+    "s3://b.c-d/" + "p" * 900,
+]  # fmt: skip
+GOOD_REVISIONS = ["main", "v1.0", "refs/pr/1", "a" * 40, "feature/x_y", "1.2.3+cu", "a@b"]
+
+
+def is_valid(**fields):
+    try:
+        ModelCacheSpec.model_validate({"repoId": "org/name"} | fields, context={"cluster": True})
+    except ValidationError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "is_good"),
+    [
+        *(("repoId", value, False) for value in BAD_SOURCES),
+        *(("repoId", value, True) for value in GOOD_SOURCES),
+        *(("revision", value, False) for value in BAD_REVISIONS),
+        *(("revision", value, True) for value in GOOD_REVISIONS),
+    ],
+)
+def test_the_api_server_and_the_operator_judge_alike(server, field, value, is_good):
+    assert is_valid(**{field: value}) is is_good
+    made = model_cache(**{field: value})
+    if is_good:
+        server.create(f"{COLLECTION}?dryRun=All", made)
+        return
+    with pytest.raises(Refused) as refusal:
+        server.create(f"{COLLECTION}?dryRun=All", made)
+    assert any(words in refusal.value.message for words in ("write ", "such as", "cannot contain"))
 
 
 @pytest.mark.parametrize(("fields", "sentence"), BAD, ids=[str(fields)[:60] for fields, _ in BAD])
