@@ -9,6 +9,8 @@ import ssl
 import tempfile
 from pathlib import Path
 
+import certifi
+
 from modelcache_api.reasons import Reason
 from modelcache_fetcher.errors import FetchError
 
@@ -29,9 +31,10 @@ def trust_authorities() -> None:
         ssl.create_default_context(cafile=path)
     except (OSError, ssl.SSLError) as error:
         raise FetchError(Reason.INVALID_SPEC, f"{CA_BUNDLE}={path} holds no certificates in PEM ({error}).") from None
-    public = [Path(name) for name in (os.environ.get("SSL_CERT_FILE"), ssl.get_default_verify_paths().cafile) if name]
-    parts = [file.read_text(encoding="utf-8", errors="replace") for file in public[:1] if file.is_file()]
-    parts.append(Path(path).read_text(encoding="utf-8", errors="replace"))
+    # an image may have no system's file: then the libraries trust what certifi has
+    candidates = (os.environ.get("SSL_CERT_FILE"), ssl.get_default_verify_paths().cafile, certifi.where())
+    public = next(name for name in candidates if name and Path(name).is_file())
+    parts = [Path(name).read_text(encoding="utf-8", errors="replace") for name in (public, path)]
     with tempfile.NamedTemporaryFile("w", prefix="modelcache-ca-", suffix=".pem", delete=False) as bundle:
         bundle.write("\n".join(parts))
     for name in _VARIABLES:

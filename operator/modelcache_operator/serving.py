@@ -60,7 +60,7 @@ def serve(observed: Observed, settings: Settings, actions: Actions, stored: Stor
     }
     if (conflict := _conflict(observed, actions)) is not None:
         return Served(conflict, {}, counts)
-    for wanted in server.services(observed.cr):
+    for wanted in server.services(observed.cr, observed.spec):
         actions.ensure(wanted, observed.services.get(wanted["metadata"]["name"]))
     trouble = _deploy(observed, settings, actions, stored, active)
     return Served(trouble or _condition(observed, actions, active), _endpoint(observed), counts)

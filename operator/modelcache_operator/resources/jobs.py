@@ -14,7 +14,10 @@ from modelcache_operator.resources.names import Object
 from modelcache_operator.settings import Settings
 
 PROGRESS_PORT = 9091
-_PLAN_DEADLINE_SECONDS = 900
+CA_BUNDLE = "MODELCACHE_CA_BUNDLE"
+"""Read by `modelcache-fetch`: authorities beside the system's. (SSL_CERT_FILE would replace them.)"""
+PLAN_DEADLINE_SECONDS = 900
+"""The longest that a look at a source may take."""
 _SPEC_FIELDS = {
     "repo_id",
     "revision",
@@ -66,7 +69,7 @@ def source_host(spec: ModelCacheSpec) -> str:
 def plan_job(cr: Object, spec: ModelCacheSpec, settings: Settings, job: JobId) -> Object:
     """The Job that looks at the source; it mounts no volume."""
     command = ["modelcache-fetch", "plan"]
-    deadline = min(spec.fetch.active_deadline_seconds or _PLAN_DEADLINE_SECONDS, _PLAN_DEADLINE_SECONDS)
+    deadline = min(spec.fetch.active_deadline_seconds or PLAN_DEADLINE_SECONDS, PLAN_DEADLINE_SECONDS)
     many_nodes = spec.storage.many_nodes
     placement = pod.Placement(
         spec.fetch.node_selector if many_nodes else spec.server.node_selector,
@@ -123,10 +126,7 @@ def _job(
         items = [{"key": bundle.key, "path": "ca.crt"}]
         volumes.append({"name": "ca", "configMap": {"name": bundle.config_map, "items": items}})
         mounts.append({"name": "ca", "mountPath": pod.CA_PATH, "readOnly": True})
-        environment += [
-            {"name": name, "value": f"{pod.CA_PATH}/ca.crt"}
-            for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE")
-        ]
+        environment.append({"name": CA_BUNDLE, "value": f"{pod.CA_PATH}/ca.crt"})
     more: dict[str, Any] = {"ports": [{"name": "progress", "containerPort": PROGRESS_PORT, "protocol": "TCP"}]}
     requests = {"cpu": "100m", "memory": "128Mi"} if job.component == names.PLAN else {"cpu": "500m", "memory": "256Mi"}
     resources = pod.resources_of(spec.fetch.resources) or {"requests": requests, "limits": {"memory": "512Mi"}}

@@ -151,18 +151,14 @@ def deployment(
     }
 
 
-def services(cr: Object) -> list[Object]:
+def services(cr: Object, spec: ModelCacheSpec) -> list[Object]:
     """The Service with a cluster IP, and the headless one for clients that balance themselves."""
     name = cr["metadata"]["name"]
+    # what gateways and meshes go by, whatever a port's name
+    grpc, http = ("https", "https") if spec.server.access.tls else ("kubernetes.io/h2c", "http")
     lanes = [
-        {
-            "name": "grpc",
-            "port": GRPC_PORT,
-            "targetPort": "grpc",
-            "protocol": "TCP",
-            "appProtocol": "kubernetes.io/h2c",
-        },
-        {"name": "http", "port": HTTP_PORT, "targetPort": "http", "protocol": "TCP"},
+        {"name": "grpc", "port": GRPC_PORT, "targetPort": "grpc", "protocol": "TCP", "appProtocol": grpc},
+        {"name": "http", "port": HTTP_PORT, "targetPort": "http", "protocol": "TCP", "appProtocol": http},
     ]
     status = {"name": "status", "port": STATUS_PORT, "targetPort": "status", "protocol": "TCP"}
     balanced = {

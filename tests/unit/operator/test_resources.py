@@ -6,6 +6,7 @@ import pytest
 
 from modelcache_api.reasons import REASONS, Reason
 from modelcache_api.resource import ModelCacheSpec
+from modelcache_fetcher.trust import CA_BUNDLE
 from modelcache_operator.comparison import covers
 from modelcache_operator.resources import claim, jobs, names, server
 from modelcache_operator.resources.effective import effective
@@ -186,7 +187,9 @@ def test_every_field_of_fetch_is_honoured():
     assert pod["imagePullSecrets"] == [{"name": "pull"}]
     environment = {e["name"]: e["value"] for e in container["env"]}
     assert environment["HTTPS_PROXY"] == "http://proxy"
-    assert environment["SSL_CERT_FILE"] == "/etc/modelcache/ca/ca.crt"
+    assert environment["MODELCACHE_CA_BUNDLE"] == "/etc/modelcache/ca/ca.crt"
+    assert CA_BUNDLE == "MODELCACHE_CA_BUNDLE"
+    assert not {"SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE"} & environment.keys(), "public ones stay trusted"
     volumes = {v["name"]: v for v in pod["volumes"]}
     assert volumes["ca"]["configMap"] == {"name": "ca", "items": [{"key": "root.pem", "path": "ca.crt"}]}
     assert volumes["secrets"]["secret"] == {"secretName": "hf", "optional": True}
@@ -353,11 +356,22 @@ def test_selectors_have_no_version_in_them_and_services_find_the_pods():
     built = deployment()
     labels = built["spec"]["template"]["metadata"]["labels"]
     assert built["spec"]["selector"]["matchLabels"].items() <= labels.items()
-    balanced, headless = server.services(CR)
+    balanced, headless = server.services(CR, spec())
     for service in (balanced, headless):
         assert service["spec"]["selector"] == built["spec"]["selector"]["matchLabels"]
     assert [s["metadata"]["name"] for s in (balanced, headless)] == ["bert-weights", "bert-weights-pods"]
     assert headless["spec"]["clusterIP"] == "None"
+
+
+def test_services_say_what_is_spoken_for_gateways_and_meshes():
+    def spoken(**fields):
+        return [
+            [port.get("appProtocol") for port in s["spec"]["ports"][:2]] for s in server.services(CR, spec(**fields))
+        ]
+
+    assert spoken() == [["kubernetes.io/h2c", "http"]] * 2
+    tls = {"access": {"tls": {"secretName": "t"}}}
+    assert spoken(server=tls) == [["https", "https"]] * 2, "who takes it for plain text would break it"
 
 
 # --- the chart's defaults
