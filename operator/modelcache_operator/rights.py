@@ -35,7 +35,7 @@ def _rights(group: str, resource: str, verbs: str, subresource: str = "") -> lis
 NEEDED: tuple[Right, ...] = (
     *_rights("modelcache.io", "modelcaches", "get list watch"),
     *_rights("modelcache.io", "modelcaches", "patch", "status"),
-    *_rights("batch", "jobs", "get list watch create delete"),
+    *_rights("batch", "jobs", "list watch create delete"),
     *_rights("apps", "deployments", "get list watch create patch delete"),
     *_rights("", "services", "get list watch create patch delete"),
     *_rights("", "configmaps", "get list watch create patch delete"),

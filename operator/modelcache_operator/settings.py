@@ -50,11 +50,11 @@ class Defaults(BaseModel):
     tolerations: list[Toleration] = Field(default_factory=list)
     """Taints that servers (and with them Jobs) accept."""
 
-    run_as_user: Annotated[int, Field(ge=1)] | None = 65532
-    """User of Jobs and servers; null leaves it to the platform (OpenShift)."""
+    run_as_user: Annotated[int, Field(ge=1)] | None = None
+    """User of Jobs and servers; absent (what Helm makes of null): left to the platform, as OpenShift wants it."""
 
-    fs_group: Annotated[int, Field(ge=1)] | None = 65532
-    """Group that owns the volume's files; null leaves it to the platform (OpenShift)."""
+    fs_group: Annotated[int, Field(ge=1)] | None = None
+    """Group that owns the volume's files; absent: left to the platform."""
 
 
 @dataclass(frozen=True)

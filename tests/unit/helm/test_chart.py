@@ -42,6 +42,16 @@ def of_kind(objects, kind):
     return [o for (k, _, _), o in objects.items() if k == kind]
 
 
+def settings_of(objects, folder):
+    """What the operator of rendered objects would read."""
+    [deployment] = of_kind(objects, "Deployment")
+    [container] = deployment["spec"]["template"]["spec"]["containers"]
+    environment = {e["name"]: e.get("value", "from-a-field") for e in container["env"]}
+    path = folder / "defaults.yaml"
+    path.write_text(objects["ConfigMap", "release-modelcache-defaults", "system"]["data"]["defaults.yaml"])
+    return from_environment(environment | {"MODELCACHE_DEFAULTS": str(path)})
+
+
 def test_the_chart_carries_the_generated_crd():
     assert crd.main(["--check", str(CHART / "files/modelcaches.yaml")]) == 0
 
@@ -134,9 +144,19 @@ def test_pods_are_restricted():
         assert container["securityContext"] == {
             "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}
         }  # fmt: skip
+
+
+def test_users_can_be_left_to_the_platform(tmp_path):
+    """Helm takes a value that is null away, so that the operator must not have a user of its own for what is absent."""
     open_shift = render("--set=operator.runAsUser=null,defaults.runAsUser=null,defaults.fsGroup=null")
     [deployment] = of_kind(open_shift, "Deployment")
-    assert "runAsUser" not in deployment["spec"]["template"]["spec"]["securityContext"]
+    [test] = of_kind(open_shift, "Pod")
+    for pod in (deployment["spec"]["template"]["spec"], test["spec"]):
+        assert "runAsUser" not in pod["securityContext"]
+    settings = settings_of(open_shift, tmp_path)
+    assert (settings.defaults.run_as_user, settings.defaults.fs_group) == (None, None)
+    settings = settings_of(render(), tmp_path)
+    assert (settings.defaults.run_as_user, settings.defaults.fs_group) == (65532, 65532)
 
 
 def test_a_disruption_budget_only_where_there_is_more_than_one():
@@ -193,18 +213,64 @@ def test_the_environment_is_what_the_operator_reads(tmp_path):
         "--set=defaults.endpoint=https://hub",
     ]
     objects = render(*arguments, "--set=image.digest=sha256:" + "a" * 64)
-    [deployment] = of_kind(objects, "Deployment")
-    [container] = deployment["spec"]["template"]["spec"]["containers"]
-    environment = {e["name"]: e.get("value", "from-a-field") for e in container["env"]}
-    path = tmp_path / "defaults.yaml"
-    path.write_text(objects["ConfigMap", "release-modelcache-defaults", "system"]["data"]["defaults.yaml"])
-    settings = from_environment(environment | {"MODELCACHE_DEFAULTS": str(path)})
+    settings = settings_of(objects, tmp_path)
     assert settings.namespaces == ("a", "b")
     assert settings.max_fetches == 3
+    [deployment] = of_kind(objects, "Deployment")
+    [container] = deployment["spec"]["template"]["spec"]["containers"]
     assert settings.image == container["image"] == "modelcache@sha256:" + "a" * 64
     assert settings.lease_name == "release-modelcache"
     assert settings.defaults.endpoint == "https://hub"
-    assert settings.defaults.run_as_user == 65532
+
+
+def test_a_long_release_name_fits_into_the_names_of_services():
+    done = helm("template", "r" * 53, str(CHART), "--set=metrics.serviceMonitor.enabled=true")
+    assert done.returncode == 0, done.stderr
+    names = [d["metadata"]["name"] for d in yaml.safe_load_all(done.stdout) if d and d["kind"] == "Service"]
+    assert names
+    assert all(len(name) <= 63 for name in names)
+
+
+DEFAULTS_TYPOS = [
+    'defaults.imagePullSecrets=[{"nam":"x"}]',
+    'defaults.env=[{"name":"A","vale":"b"}]',
+    'defaults.env=[{"name":"A","valueFrom":{"configMapKeyRef":{"name":"c","key":"k"}}}]',
+    'defaults.tolerations=[{"keys":"gpu"}]',
+    'defaults.tolerations=[{"operator":"exists"}]',
+    'defaults.fetchResources={"limits":{"memory":true}}',
+    "imagePullSecrets=[{}]",
+]
+
+
+@pytest.mark.parametrize("value", DEFAULTS_TYPOS)
+def test_what_the_operator_would_not_take_is_refused_before_it_is_installed(value):
+    done = helm("template", "release", str(CHART), f"--set-json={value}")
+    assert done.returncode != 0
+    assert "at '" in done.stderr
+
+
+def test_all_that_defaults_can_say_reaches_the_operator(tmp_path):
+    said = {
+        "endpoint": "https://hub.example.com",
+        "storageClassName": "fast",
+        "imagePullSecrets": [{"name": "pull"}],
+        "caBundle": {"configMap": "ca", "key": "root.pem"},
+        "env": [
+            {"name": "HTTPS_PROXY", "value": "http://proxy:3128"},
+            {"name": "LOGIN", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k", "optional": True}}},
+        ],
+        "fetchResources": {"limits": {"memory": "1Gi", "cpu": 2}, "requests": {"cpu": "500m"}},
+        "serverResources": {"limits": {"memory": "2Gi"}},
+        "tolerations": [
+            {"key": "gpu", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 60},
+            {"key": "a", "value": "b"},
+        ],
+        "runAsUser": 1000,
+        "fsGroup": 2000,
+    }
+    assert set(said) == {field.alias for field in Defaults.model_fields.values()}
+    settings = settings_of(render(f"--set-json=defaults={json.dumps(said)}"), tmp_path)
+    assert settings.defaults == Defaults.model_validate(said)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 import pytest
 
-from modelcache_operator.settings import SettingsError, from_environment
+from modelcache_operator.settings import Defaults, SettingsError, from_environment
 
 IMAGE = {"MODELCACHE_IMAGE": "modelcache:1"}
 
@@ -31,4 +31,4 @@ def test_a_misspelt_default_is_refused_by_name(tmp_path):
 def test_an_empty_defaults_file_says_nothing(tmp_path):
     path = tmp_path / "defaults.yaml"
     path.write_text("")
-    assert from_environment(IMAGE | {"MODELCACHE_DEFAULTS": str(path)}).defaults.run_as_user == 65532
+    assert from_environment(IMAGE | {"MODELCACHE_DEFAULTS": str(path)}).defaults == Defaults()
