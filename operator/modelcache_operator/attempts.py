@@ -9,6 +9,7 @@ from modelcache_api.reasons import REASONS
 from modelcache_operator.clock import parse_time
 from modelcache_operator.observed import Observed, is_deleting
 from modelcache_operator.resources import names
+from modelcache_operator.resources.jobs import PLAN_DEADLINE_SECONDS
 from modelcache_operator.resources.names import Object
 
 TRANSIENT_BASE_SECONDS = 30.0
@@ -101,20 +102,27 @@ def result(attempt: Attempt, pods: Sequence[Object]) -> Mapping[str, Any] | None
 
 def failure(attempt: Attempt, pods: Sequence[Object]) -> Failure:
     """Why a failed Job failed, from the most precise witness there is."""
-    for pod in reversed(pods_of(attempt.job, pods)):
-        if (found := pod_failure(pod)) is not None:
-            return found
-    for condition in (attempt.job.get("status") or {}).get("conditions") or []:
-        if condition.get("type") == "Failed" and condition.get("reason") == "DeadlineExceeded":
-            return Failure(
-                "DeadlineExceeded",
-                "The Job took longer than activeDeadlineSeconds; raise spec.fetch.activeDeadlineSeconds.",
-                permanent=False,
-            )
-        if condition.get("type") == "Failed":
-            text = str(condition.get("message") or condition.get("reason") or "no reason given")
-            return Failure("JobFailed", f"The Job failed: {text}.", permanent=False)
-    return Failure("JobFailed", "The Job failed and its pods are gone.", permanent=False)
+    found = (pod_failure(pod) for pod in reversed(pods_of(attempt.job, pods)))
+    of_pod = next((failed for failed in found if failed is not None), None)
+    conditions = (attempt.job.get("status") or {}).get("conditions") or []
+    of_job: Mapping[str, Any] = next((c for c in conditions if c.get("type") == "Failed"), {})
+    if of_job.get("reason") == "DeadlineExceeded":  # its pods were killed for it, which is no news
+        return _too_late(attempt.job, of_pod)
+    if of_pod is not None:
+        return of_pod
+    text = str(of_job.get("message") or of_job.get("reason") or "no reason given")
+    return Failure("JobFailed", f"Job {attempt.job['metadata']['name']} failed: {text}.", permanent=False)
+
+
+def _too_late(job: Object, of_pod: Failure | None) -> Failure:
+    name, seconds = job["metadata"]["name"], job["spec"].get("activeDeadlineSeconds")
+    text = (
+        f"Job {name} was ended after {seconds} s, its activeDeadlineSeconds; raise spec.fetch.activeDeadlineSeconds if "
+        f"that is too short (a plan may take {PLAN_DEADLINE_SECONDS} s at most)."
+    )
+    if of_pod is not None and of_pod.reason in REASONS:
+        text += f" Its last pod said: {of_pod.message}"
+    return Failure("DeadlineExceeded", text, permanent=False)
 
 
 def pod_failure(pod: Object) -> Failure | None:
@@ -159,15 +167,24 @@ def obstacle(pod: Object, warnings: Mapping[str, Sequence[str]]) -> tuple[str, s
             return "ImagePullError", f"The image {image} cannot be pulled; check the name and imagePullSecrets."
         if kind in _CONFIG_ERRORS:
             return kind, str(waiting.get("message", "the container cannot be created"))
-        if kind == "CrashLoopBackOff":
-            last = ((container.get("lastState") or {}).get("terminated") or {}).get("message", "")
-            return "CrashLoopBackOff", f"The container crashes: {str(last).strip()[-500:] or 'see its logs'}"
+        last = (container.get("lastState") or {}).get("terminated") or {}
+        fails_again = container.get("restartCount", 0) > 1 and not container.get("ready") and last.get("exitCode")
+        if kind == "CrashLoopBackOff" or fails_again:  # also while it runs for a moment, or the reason would flap
+            return _crash(last)
     for condition in status.get("conditions") or []:
         if condition.get("type") == "PodScheduled" and condition.get("status") == "False":
             return "Unschedulable", f"No node takes the pod: {condition.get('message', '')}"
     if texts := warnings.get(pod["metadata"]["uid"]):
         return "MountFailed", f"A volume of the pod cannot be mounted: {texts[-1]}"
     return None
+
+
+def _crash(last: Mapping[str, Any]) -> tuple[str, str]:
+    if last.get("reason") == "OOMKilled":
+        mend = "raise spec.server.resources.limits.memory, or lower spec.server.cacheSize"
+        return "OutOfMemory", f"The container uses more memory than its limit; {mend}."
+    text = str(last.get("message") or "").strip()[-500:]
+    return "CrashLoopBackOff", f"The container crashes: {text or 'see its logs'}"
 
 
 def retry_at(attempt: Attempt, failed: Failure, observed: Observed, retry_seconds: float) -> float:

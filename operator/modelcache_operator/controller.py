@@ -235,7 +235,10 @@ class Controller:
 
 def _invalid(cr: Object, error: ValidationError) -> dict[str, Any]:
     """Status of a stored spec that today's rules refuse: nothing is done, nothing is undone."""
-    problems = "; ".join(f"spec.{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+    problems = "; ".join(
+        f"spec.{'.'.join(map(str, item['loc']))}: {item['msg'].removeprefix('Value error, ')}"
+        for item in error.errors()
+    )
     old = cr.get("status") or {}
     before = {c["type"]: c for c in old.get("conditions") or []}
     wanted = []

@@ -132,7 +132,7 @@ def _drive(
         case Failed():
             if outcome.retry_at > observed.now:  # else the source is being looked at first
                 actions.look_again(outcome.retry_at - observed.now)
-            return Fetched(_failed(outcome.failure, settings, active, stored.note), active, plan)
+            return Fetched(_failed(observed, outcome.failure, settings, active, stored.note), active, plan)
         case Idle():
             return Fetched(Condition(FETCHED, "False", outcome.reason, outcome.message), active, plan)
         case Busy():
@@ -204,11 +204,12 @@ def _done(
     return Fetched(Condition(FETCHED, "True", "Fetched", text), active, {**plan, "commit": commit})
 
 
-def _failed(failure: attempts.Failure, settings: Settings, active: Active | None, note: str) -> Condition:
+def _failed(
+    observed: Observed, failure: attempts.Failure, settings: Settings, active: Active | None, note: str
+) -> Condition:
     kept = f" Revision {active.commit} stays served." if active is not None else ""
-    return Condition(
-        FETCHED, "False", failure.reason, failure.message + note + kept + retry_sentence(failure, settings)
-    )
+    text = failure.message + note + kept + retry_sentence(observed, failure, settings)
+    return Condition(FETCHED, "False", failure.reason, text)
 
 
 def _busy(
@@ -219,12 +220,12 @@ def _busy(
     plan: Mapping[str, Any],
     stored: Stored,
 ) -> Condition:
-    if busy.failure is not None:
-        return _failed(busy.failure, settings, active, stored.note)
-    if busy.obstacle is not None:
+    if busy.obstacle is not None:  # what is in the way now says more than why an earlier pod ended
         reason, message = busy.obstacle
         warnings = observed.warnings.get(stored.uid) or ()
         return Condition(FETCHED, "False", reason, " ".join([message, *warnings[-1:]]))
+    if busy.failure is not None:
+        return _failed(observed, busy.failure, settings, active, stored.note)
     text = f"{plan['files']} files, {format_bytes(int(plan['bytes']))}, are being fetched by Job {busy.job}."
     return Condition(FETCHED, "False", "Fetching", text + stored.note)
 

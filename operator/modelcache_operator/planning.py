@@ -16,6 +16,8 @@ from modelcache_operator.resources.jobs import JobId, plan_job
 from modelcache_operator.running import Busy, Done, Failed, Idle, advance
 from modelcache_operator.settings import Settings
 
+_KEPT = " What was resolved before stays in use."
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -90,20 +92,22 @@ def _look(observed: Observed, settings: Settings, actions: Actions, record: Mapp
             return Planned(_resolved(observed, record), record, valid=True)
         case Failed():
             actions.look_again(outcome.retry_at - observed.now)
-            return Planned(_failed(outcome.failure, settings, valid=valid), record, valid)
+            return Planned(_failed(observed, outcome.failure, settings, valid=valid), record, valid)
         case Idle():
-            return Planned(Condition(RESOLVED, "Unknown", outcome.reason, outcome.message), record, valid)
+            waiting = Condition(RESOLVED, "Unknown", outcome.reason, outcome.message)
+            return Planned(_resolved(observed, record) if valid else waiting, record, valid)
         case Busy():
             return Planned(_busy(observed, outcome, settings, record, valid=valid), record, valid)
 
 
 def _busy(observed: Observed, busy: Busy, settings: Settings, record: Mapping[str, Any], *, valid: bool) -> Condition:
-    if busy.failure is not None:
-        return _failed(busy.failure, settings, valid=valid)
-    if valid:  # a look for what is new changes nothing until it is done
+    if valid and busy.failure is None:  # a look for what is new changes nothing until it is done
         return _resolved(observed, record)
-    if busy.obstacle is not None:
-        return Condition(RESOLVED, "False", *busy.obstacle)
+    if busy.obstacle is not None:  # what is in the way now says more than why an earlier pod ended
+        reason, message = busy.obstacle
+        return Condition(RESOLVED, "False", reason, message + (_KEPT if valid else ""))
+    if busy.failure is not None:
+        return _failed(observed, busy.failure, settings, valid=valid)
     return Condition(RESOLVED, "Unknown", "Planning", f"Looking at {observed.spec.repo_id}.")
 
 
@@ -116,19 +120,21 @@ def _resolved(observed: Observed, record: Mapping[str, Any]) -> Condition:
     return Condition(RESOLVED, "True", "Resolved", text)
 
 
-def _failed(failure: attempts.Failure, settings: Settings, *, valid: bool) -> Condition:
-    kept = " What was resolved before stays in use." if valid else ""
-    return Condition(RESOLVED, "False", failure.reason, failure.message + kept + retry_sentence(failure, settings))
+def _failed(observed: Observed, failure: attempts.Failure, settings: Settings, *, valid: bool) -> Condition:
+    kept = _KEPT if valid else ""
+    text = failure.message + kept + retry_sentence(observed, failure, settings)
+    return Condition(RESOLVED, "False", failure.reason, text)
 
 
-def retry_sentence(failure: attempts.Failure, settings: Settings) -> str:
+def retry_sentence(observed: Observed, failure: attempts.Failure, settings: Settings) -> str:
     """When a failure is tried again, and how to have it tried at once."""
     if not failure.permanent:
         return " It is tried again by itself."
     minutes = settings.retry_seconds / 60
+    which = f"--namespace={observed.cr['metadata']['namespace']} mc/{observed.name}"
     return (
         f" It is tried again at most every {minutes:g} minutes; at once after a change of spec or "
-        f'`kubectl annotate --overwrite mc NAME {names.RECONCILE_AT}="$(date)"`.'
+        f'`kubectl annotate --overwrite {which} {names.RECONCILE_AT}="$(date)"`.'
     )
 
 

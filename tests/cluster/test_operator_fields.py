@@ -1,5 +1,6 @@
 """What fields of the spec do, shown on a real API server with real controllers and one operator for all tests."""
 
+import copy
 import http.server
 import itertools
 import json
@@ -272,6 +273,43 @@ def test_each_change_of_a_condition_is_an_event(server, namespace):
     for change in ("Resolved is Unknown", "Resolved is True", "Fetched is True", "Serving is True", "Ready is True"):
         wait_until(lambda change=change: told().count(change) == 1, seconds=10)
     assert len(told()) < 30
+
+
+@contextmanager
+def rules_of_an_earlier_version(server):
+    """The CRD as it was when nothing was said about revisions."""
+    path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/modelcaches.modelcache.io"
+    versions = server.get(path)["spec"]["versions"]
+    earlier = copy.deepcopy(versions)
+    spec = earlier[0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
+    del spec["properties"]["revision"]["x-kubernetes-validations"]
+    server.merge(path, {"spec": {"versions": earlier}})
+    try:
+        yield
+    finally:
+        server.merge(path, {"spec": {"versions": versions}})
+
+
+def test_a_stored_spec_that_todays_rules_refuse_is_told_and_what_is_served_stays(server, namespace):
+    model = ModelCache(server, namespace)
+    before = model.wait_for(UpToDate="True")["status"]
+
+    def is_taken():
+        try:
+            model.change(revision="a.lock")
+        except Refused:
+            return False
+        return True
+
+    assert not is_taken()
+    with rules_of_an_earlier_version(server):
+        wait_until(is_taken)
+    status = model.wait_for(Resolved="InvalidSpec", UpToDate="InvalidSpec", Ready="Serving", Fetched="True")["status"]
+    assert "spec.revision: 'a.lock' is no branch" in message(model, "UpToDate")
+    assert (status["digest"], status["revision"]) == (before["digest"], before["revision"])
+    assert names(model, "deployments") == ["bert-weights"]
+    model.change(revision="v2")
+    model.wait_for(UpToDate="True", Ready="True")
 
 
 @contextmanager

@@ -1,7 +1,11 @@
 """The life cycle, state by state, decided by pure functions in a world in memory."""
 
+import json
+
 import pytest
 
+from modelcache_operator.clock import format_time
+from modelcache_operator.observed import Refusal
 from modelcache_operator.resources.server import TokenKeys
 from support.operator_world import COMMITS, World
 
@@ -24,6 +28,8 @@ def test_the_way_to_ready():
     assert len(world.names("Job")) == 1
     assert world.names("PersistentVolumeClaim") == []
     assert world.conditions["UpToDate"] == ("False", "Planning")
+    assert world.conditions["Fetched"] == ("False", "NotResolved")
+    assert world.conditions["Serving"] == ("False", "WaitingForFetch")
     assert world.names("Service") == ["bert-weights", "bert-weights-pods"]
     world.finish("plan")
     world.settle()
@@ -133,7 +139,7 @@ def test_a_failing_new_revision_leaves_the_old_one_serving_with_the_reason_shown
     message = world.message("UpToDate")
     assert f"{reason} happened." in message
     assert "at most every 5 minutes" in message
-    assert "modelcache.io/reconcile-at" in message
+    assert "`kubectl annotate --overwrite --namespace=ns mc/bert modelcache.io/reconcile-at=" in message
 
 
 @pytest.mark.parametrize("component", ["plan", "fetch"])
@@ -311,6 +317,17 @@ def test_refresh_looks_again_after_the_interval_and_fetches_only_what_moved():
     world.finish("fetch", commit="d" * 40, digest="digest-d")
     world.settle()
     assert world.cr["status"]["revision"]["active"] == "d" * 40
+
+
+def test_a_refresh_that_waits_for_its_turn_changes_nothing():
+    world = World(refresh={"interval": "10m"}).to_ready()
+    world.now += 700
+    world.slots["plan"] = False
+    world.settle()
+    assert world.conditions == READY
+    world.slots["plan"] = True
+    world.settle()
+    assert len(world.running("plan")) == 1
 
 
 def test_a_failed_refresh_keeps_what_is_served_up_to_date_and_says_so():
@@ -703,6 +720,159 @@ def test_what_keeps_a_jobs_pod_from_running_is_the_reason(status, reason):
     world.settle()
     assert world.conditions["Resolved"] == ("False", reason)
     assert world.conditions["Ready"] == ("False", reason)
+
+
+def failed_job(world, component, *pods, reason="BackoffLimitExceeded"):
+    """End the running Job of a component without a result of its program."""
+    [job] = world.running(component)
+    condition = {"type": "Failed", "status": "True", "reason": reason, "message": f"it was {reason}"}
+    job["status"] = {"conditions": [condition | {"lastTransitionTime": format_time(world.now)}]}
+    for terminated in pods:
+        world.pod_of(job, phase="Failed", containerStatuses=[{"name": "main", "state": {"terminated": terminated}}])
+    world.settle()
+
+
+@pytest.mark.parametrize(
+    ("pods", "reason", "words"),
+    [
+        ([{"exitCode": 137, "reason": "OOMKilled"}], "OutOfMemory", "raise spec.fetch.resources.limits.memory"),
+        ([{"exitCode": 66, "message": "not JSON"}], "AuthFailed", "not JSON"),
+        ([{"exitCode": 66}], "AuthFailed", "check the secret"),
+        ([{"exitCode": 1, "message": "Traceback: boom"}], "ContainerFailed", "exit code 1. Traceback: boom"),
+        ([], "JobFailed", "it was BackoffLimitExceeded"),
+    ],
+)
+def test_a_job_that_failed_without_a_word_of_its_program_is_told_from_what_there_is(pods, reason, words):
+    world = World()
+    world.run("plan")
+    failed_job(world, "fetch", *pods)
+    assert world.conditions["Fetched"] == ("False", reason)
+    assert words in world.message("Ready")
+
+
+@pytest.mark.parametrize("component", ["plan", "fetch"])
+def test_a_job_that_took_too_long_says_so_and_not_that_its_pod_was_killed_for_it(component):
+    world = World(fetch={"activeDeadlineSeconds": 60})
+    if component == "fetch":
+        world.run("plan")
+    world.settle()
+    failed_job(world, component, {"exitCode": 143}, reason="DeadlineExceeded")
+    assert world.conditions["UpToDate"] == ("False", "DeadlineExceeded")
+    assert "after 60 s" in world.message("UpToDate")
+    assert "raise spec.fetch.activeDeadlineSeconds" in world.message("UpToDate")
+    assert "143" not in world.message("UpToDate")
+    world.now += 31
+    world.settle()
+    [job] = world.running("plan")
+    world.pod_of(job, phase="Pending", **PULL)
+    world.settle()
+    assert world.conditions["Resolved"] == (
+        ("False", "ImagePullError") if component == "plan" else ("True", "Resolved")
+    )
+
+
+def test_a_job_that_took_too_long_says_what_its_program_had_met():
+    world = World(fetch={"activeDeadlineSeconds": 60})
+    world.settle()
+    said = {"result": "failed", "reason": "Unavailable", "permanent": False, "message": "The hub answers 503."}
+    failed_job(world, "plan", {"exitCode": 81, "message": json.dumps(said)}, reason="DeadlineExceeded")
+    assert world.conditions["Resolved"] == ("False", "DeadlineExceeded")
+    assert world.message("Resolved").count("The hub answers 503.") == 1
+
+
+def test_a_pod_that_the_namespace_refuses_is_the_reason_for_jobs_and_for_servers():
+    text = 'pods "x" is forbidden: violates PodSecurity "restricted:latest"'
+    world = World()
+    world.settle()
+    [job] = world.running("plan")
+    world.warnings[job["metadata"]["uid"]] = [text]
+    world.settle()
+    assert world.conditions["Resolved"] == ("False", "PodRefused")
+    assert "PodSecurity" in world.message("Ready")
+    world.run("plan")
+    world.run("fetch")
+    failing = {"type": "ReplicaFailure", "status": "True", "reason": "FailedCreate", "message": text}
+    world.deployment()["status"] = {"conditions": [failing]}
+    world.settle()
+    assert world.conditions["Serving"] == ("False", "PodRefused")
+    world.deployment()["status"] = {"conditions": [failing | {"message": "exceeded quota: small"}]}
+    world.settle()
+    assert world.conditions["Serving"] == ("False", "QuotaExceeded")
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "reason"),
+    [
+        (403, "jobs.batch is forbidden: User x cannot create", "Forbidden"),
+        (403, "exceeded quota: small", "QuotaExceeded"),
+        (422, "spec.template is invalid", "Refused"),
+    ],
+)
+def test_what_the_api_server_does_not_take_is_the_reason_in_its_own_words(status, message, reason):
+    world = World()
+    [job] = world.decide().creates
+    world.refusals["Job", job["metadata"]["name"]] = Refusal(status, message)
+    world.settle()
+    assert world.conditions["Resolved"] == ("False", reason)
+    assert message in world.message("Ready")
+
+
+CRASHED = {"exitCode": 71, "message": "tls.crt is missing"}
+
+
+@pytest.mark.parametrize(
+    ("container", "reason", "words"),
+    [
+        ({"state": {"waiting": {"reason": "CrashLoopBackOff"}}}, "CrashLoopBackOff", "tls.crt is missing"),
+        ({"state": {"running": {}}, "restartCount": 2}, "CrashLoopBackOff", "tls.crt is missing"),
+        ({"state": {"running": {}}, "restartCount": 1}, "Starting", ""),
+        (
+            {"state": {"running": {}}, "restartCount": 3, "lastState": {"terminated": {"exitCode": 0}}},
+            "Starting",
+            "",
+        ),
+        (
+            {
+                "state": {"waiting": {"reason": "CrashLoopBackOff"}},
+                "lastState": {"terminated": {"exitCode": 137, "reason": "OOMKilled"}},
+            },
+            "OutOfMemory",
+            "lower spec.server.cacheSize",
+        ),
+    ],
+)
+def test_servers_that_crash_say_so_steadily_and_with_their_last_words(container, reason, words):
+    world = World()
+    world.run("plan")
+    world.run("fetch")
+    status = {"image": "x:1", "restartCount": 1, "ready": False, "lastState": {"terminated": CRASHED}} | container
+    labels = {"modelcache.io/component": "server"}
+    world.add({"kind": "Pod", "metadata": {"name": "s", "labels": labels}, "status": {"containerStatuses": [status]}})
+    world.settle()
+    assert world.conditions["Serving"] == ("False", reason)
+    assert words in world.message("Ready")
+
+
+def test_a_child_of_the_one_that_had_the_name_before_is_waited_for():
+    world = World()
+    owner = {"apiVersion": "modelcache.io/v1alpha1", "kind": "ModelCache", "name": "bert", "uid": "earlier"}
+    metadata = {"name": "bert-weights", "ownerReferences": [owner]}
+    world.add({"apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": {}})
+    decision = world.settle()
+    assert world.conditions["Serving"] == ("False", "Terminating")
+    assert decision.requeue_after <= 2
+    world.objects.pop(("Service", "bert-weights"))
+    world.to_ready()
+    assert world.conditions == READY
+
+
+def test_a_volume_that_is_lost_says_what_can_be_done():
+    world = World().to_ready()
+    world.claim()["status"]["phase"] = "Lost"
+    world.settle()
+    assert world.conditions["Fetched"] == ("False", "VolumeLost")
+    assert "delete the claim" in world.message("UpToDate")
+    assert not world.running("fetch")
 
 
 def test_a_quota_that_only_events_tell_of_is_the_reason():
