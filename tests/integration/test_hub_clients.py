@@ -18,7 +18,7 @@ from support.library_versions import NEWEST, interpreter
 from support.processes import TESTS
 from support.proxies import HttpFront
 from support.server_security import AUDIENCE, ISSUER, Issuer
-from support.server_volume import flip_bit, running
+from support.server_volume import flip_bit, make_volume, running
 
 OLD, NEW = hub_files(1), hub_files(2)
 TAG = "v2.0"
@@ -56,10 +56,13 @@ def world(tmp_path_factory):
         world.fetch(TAG)
         shutil.copytree(world.volume, folder / "damaged", symlinks=True)
         _damage(folder / "damaged", "model.safetensors", active)
+        bucket = {"model.safetensors": NEW["model.safetensors"], "onnx/model.onnx": NEW["onnx/model.onnx"]}
+        make_volume(folder / "bucket", bucket, name="bert", repo_id="s3://models/bert", requested="", commit="b" * 40)
         with (
             running(world.volume, name=NAME) as server,
             running(world.volume, name=NAME, tokens=tokens) as guarded,
             running(folder / "damaged", name=NAME, warmup_bytes=0) as damaged,
+            running(folder / "bucket") as of_bucket,
             _front(server.addresses.http) as cutter,
         ):
             endpoint = f"http://127.0.0.1:{server.addresses.http}"
@@ -75,6 +78,8 @@ def world(tmp_path_factory):
                 "upstream": world.hub.url,
                 "guarded": f"http://127.0.0.1:{guarded.addresses.http}",
                 "cutting": cutter.url,
+                "bucket": f"http://127.0.0.1:{of_bucket.addresses.http}",
+                "bucket_files": described(bucket),
                 "corrupt": f"http://127.0.0.1:{damaged.addresses.http}",
                 "allowed": issuer.token(),
                 "denied": issuer.token("batch/job"),

@@ -157,9 +157,17 @@ def get_paths_info(w):
 
 
 @check
+def get_paths_info_of_as_many_as_the_hub_takes(w):
+    paths = [f"{'a' * 80}/ü{number}" for number in range(999)]
+    assert [info.path for info in w.api.get_paths_info(w.repo, [*paths, "config.json"])] == ["config.json"]
+
+
+@check
 def list_repo_refs(w):
     refs = w.api.list_repo_refs(w.repo)
     assert {ref.name: ref.target_commit for ref in refs.branches} == {"main": w.active, w.tag: w.active}
+    for ref in refs.branches:
+        assert w.api.model_info(w.repo, revision=ref.ref).sha == w.active
 
 
 # --- one file
@@ -357,6 +365,32 @@ def fs_download(w):
     same(target, w, "model.safetensors")
 
 
+# --- a bucket, which has a name of our own
+
+
+@check
+def a_bucket_under_the_name_that_works_everywhere(w):
+    api, fs = HfApi(endpoint=w.bucket), HfFileSystem(endpoint=w.bucket, skip_instance_cache=True)
+    name = "modelcache/bert"
+    assert api.model_info(name).id == name
+    assert sorted(api.list_repo_files(name)) == sorted(w.bucket_files)
+    for path in w.bucket_files:
+        same(api.hf_hub_download(name, path, cache_dir=w.cache), w, path, w.bucket_files)
+    assert Path(api.snapshot_download(name, cache_dir=w.cache)).name == "b" * 40
+    assert sorted(fs.find(name)) == sorted(f"{name}/{path}" for path in w.bucket_files)
+    content = Path(api.hf_hub_download(name, "onnx/model.onnx", cache_dir=w.cache)).read_bytes()
+    assert fs.cat_file(f"{name}/onnx/model.onnx", start=100, end=300) == content[100:300]
+    assert set(api.get_safetensors_metadata(name).files_metadata["model.safetensors"].tensors) == {"a", "b"}
+
+
+@check
+def a_bucket_under_its_short_name(w):
+    api = HfApi(endpoint=w.bucket)
+    same(api.hf_hub_download("bert", "onnx/model.onnx", cache_dir=w.cache), w, "onnx/model.onnx", w.bucket_files)
+    error = raises(RepositoryNotFoundError, api.model_info, "models")
+    assert "bert or modelcache/bert" in str(error), error
+
+
 # --- safetensors
 
 
@@ -444,6 +478,7 @@ def no_token_or_a_wrong_one(w):
             token=token,
         )
         assert error.response.status_code == 401
+        assert "Not authenticated" in str(error), error
 
 
 @check
@@ -461,6 +496,13 @@ def a_token_that_is_allowed(w):
     same(Path(place) / "model.safetensors", w, "model.safetensors")
     fs = HfFileSystem(endpoint=w.guarded.endpoint, token=w.allowed, skip_instance_cache=True)
     assert fs.cat_file(f"{w.repo}/model.safetensors", start=0, end=8)
+
+
+@check
+def auth_check(w):
+    assert w.guarded.auth_check(w.repo, token=w.allowed) is None
+    raises(GatedRepoError, w.guarded.auth_check, w.repo, token=w.denied)
+    raises(RepositoryNotFoundError, w.guarded.auth_check, "acme/none", token=w.allowed)
 
 
 @check
