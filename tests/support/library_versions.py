@@ -35,15 +35,18 @@ def interpreter(name: str) -> str:
         # Only a whole environment has the mark.
         if not (home / "complete").exists():
             shutil.rmtree(home, ignore_errors=True)
-            _make(home, wanted)
+            subprocess.run([sys.executable, "-m", "venv", "--without-pip", home], check=True, timeout=120)
+            (packages,) = home.glob("lib/python*/site-packages")
+            install(name, packages)
+            if wanted.get("borrows"):
+                # Behind the environment's own packages on the path, so that those win.
+                (packages / "borrowed.pth").write_text(f"{_lender()}\n", encoding="utf-8")
             (home / "complete").touch()
     return str(home / "bin" / "python")
 
 
-def _make(home: Path, wanted: dict[str, object]) -> None:
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", home], check=True, timeout=120)
-    borrows = bool(wanted.get("borrows"))
-    (packages,) = home.glob("lib/python*/site-packages")
+def install(name: str, folder: Path, *options: str) -> None:
+    """Put an environment's own packages into a folder, with further options of pip."""
     # The list is complete: a dependency that a new release adds must not change what is tested.
     command = [
         sys.executable,
@@ -53,13 +56,11 @@ def _make(home: Path, wanted: dict[str, object]) -> None:
         "--quiet",
         "--no-deps",
         "--target",
-        packages,
-        *wanted["packages"],
+        folder,
+        *options,
+        *tomllib.loads(LIST.read_text(encoding="utf-8"))[name]["packages"],
     ]
     subprocess.run(command, check=True, timeout=_PIP_SECONDS)
-    if borrows:
-        # Behind the environment's own packages on the path, so that those win.
-        (packages / "borrowed.pth").write_text(f"{_lender()}\n", encoding="utf-8")
 
 
 def _lender() -> str:
