@@ -136,6 +136,12 @@ def test_a_missing_file_is_told_with_the_commit(server, world, path):
     assert "has no" in answer.headers["x-error-message"]
 
 
+def test_who_only_knows_the_address_is_told_the_name(server):
+    for path in ("/", f"/{REPO}", f"/{REPO}/tree/main"):
+        answer = server.ask(path)
+        assert (answer.status, answer.body) == (404, f"Files are at /{REPO}/resolve/REVISION/PATH.\n".encode())
+
+
 @pytest.mark.parametrize(
     "path",
     [
@@ -465,7 +471,15 @@ def test_buckets_and_folders_are_called_by_the_models_name(tmp_path, source):
         for name in ("bucket", "modelcache/other", "modelcache", "org/bert"):
             answer = server.ask(f"/{name}/resolve/main/config.json")
             assert answer.headers["x-error-code"] == "RepoNotFound"
-            assert "bert or modelcache/bert" in answer.headers["x-error-message"]
+            assert "modelcache/bert or bert" in answer.headers["x-error-message"]
+
+
+def test_a_bucket_may_be_called_as_the_namespace_is(tmp_path):
+    make_volume(tmp_path / "volume", {"a": b"1"}, name="modelcache", repo_id="s3://bucket", requested="")
+    with running(tmp_path / "volume") as server:
+        for name in ("modelcache", "modelcache/modelcache"):
+            assert server.ask(f"/{name}/resolve/main/a").body == b"1"
+            assert answer_json(server, f"/api/models/{name}")["id"] == name
 
 
 def test_a_plain_folder_is_called_by_its_name_and_has_a_stable_commit(tmp_path):

@@ -19,7 +19,6 @@ _NAMESPACE = "modelcache"
 _SPECIAL_REF_PARTS = 3  # refs/pr/1
 
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
-_FULL_COMMIT_LENGTH = 40
 _LOOK_AGAIN_SECONDS = 10.0
 
 
@@ -188,10 +187,7 @@ class HubRevisions:
             raise _unknown(repo, ref, "served are main, what the ModelCache asks for, and kept commits")
         for stale in (True, False):
             commits = self._read_index(announced, stale=stale).repos.get(repo, {})
-            if len(ref) == _FULL_COMMIT_LENGTH:
-                found = [ref] if ref in commits else []
-            else:
-                found = [commit for commit in commits if _is_commit(ref, commit)]
+            found = [commit for commit in commits if _is_commit(ref, commit)]
             if len(found) > 1:
                 raise _unknown(repo, ref, f"{len(found)} commits begin so: write more digits")
             if found:
@@ -231,14 +227,14 @@ def _after(segments: list[str], name: str) -> list[str] | None:
 
 
 def hub_repo_ids(announced: Announced) -> tuple[str, ...]:
-    """What clients call the model that is active; the last of the names works in every program."""
+    """What clients call the model that is active; the first of the names works in every program."""
     return _repo_ids(announced.snapshot.manifest, announced)
 
 
 def _repo_ids(manifest: manifest_pb2.Manifest, announced: Announced) -> tuple[str, ...]:
-    """What clients call a source: a repo as on the Hub; a bucket or folder by the ModelCache's name, bare or not."""
+    """What clients call a source: a repo as on the Hub; a bucket or folder by the ModelCache's name, bare too."""
     repo_id, name = manifest.source.repo_id, announced.active.name
-    return (name, f"{_NAMESPACE}/{name}") if "://" in repo_id else (repo_id,)
+    return (f"{_NAMESPACE}/{name}", name) if "://" in repo_id else (repo_id,)
 
 
 def _ref(name: str) -> HubRef:

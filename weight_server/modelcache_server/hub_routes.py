@@ -15,7 +15,7 @@ from modelcache_server.errors import Reason, RequestError
 from modelcache_server.file_reply import Headers, file_reply
 from modelcache_server.http_connection import Reply, error_reply
 from modelcache_server.http_message import Request
-from modelcache_server.hub_revisions import HubRevision, HubRevisions
+from modelcache_server.hub_revisions import HubRevision, HubRevisions, hub_repo_ids
 from modelcache_server.routes import Authorize, read_only
 
 INVALID_CREDENTIALS = "Invalid credentials in Authorization header"
@@ -62,7 +62,8 @@ class HubRoutes:
             case [kind, _, *_] if kind in _OTHER_KINDS:
                 raise RequestError(Reason.UNKNOWN_REPO, f"This server has a model and no {kind}.")
             case _:
-                raise RequestError(Reason.NO_SUCH_FILE, "Files are at /ORG/NAME/resolve/REVISION/PATH.")
+                repo = hub_repo_ids(self._catalog.active())[0]
+                raise RequestError(Reason.NO_SUCH_FILE, f"Files are at /{repo}/resolve/REVISION/PATH.")
 
     def _resolve(self, request: Request, segments: list[str]) -> Reply:
         repo, (_, *rest) = self._revisions.split(segments)

@@ -143,7 +143,7 @@ class Server:
     @property
     def hub_repo_id(self) -> str:
         """What programs built on huggingface_hub call the model; raises RequestError while the server is not ready."""
-        return hub_repo_ids(self._catalog.active())[-1]
+        return hub_repo_ids(self._catalog.active())[0]
 
     @property
     def problem(self) -> str:
