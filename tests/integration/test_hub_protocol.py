@@ -179,7 +179,9 @@ def test_pages_that_are_not_there_say_nothing_about_repos(server, path):
 
 
 @pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH", "OPTIONS", "POST"])
-@pytest.mark.parametrize("path", [f"/{REPO}/resolve/main/config.json", f"{API}/commit/main", "/api/repos/create", API])
+@pytest.mark.parametrize(
+    "path", [f"/{REPO}/resolve/main/config.json", f"{API}/commit/main", "/api/repos/create", API, "/api/models"]
+)
 @pytest.mark.parametrize("body", [b"", b"{}"])
 def test_writing_is_not_allowed(server, method, path, body):
     connection = http.client.HTTPConnection(HOST, server.addresses.http, timeout=30)
@@ -468,9 +470,10 @@ def test_buckets_and_folders_are_called_by_the_models_name(tmp_path, source):
                 assert entry["oid"] == git_oid(pointer(files[entry["path"]])), "the id that an LFS pointer has in Git"
                 assert entry["lfs"]["oid"] == hashlib.sha256(files[entry["path"]]).hexdigest()
             assert [each["name"] for each in answer_json(server, f"/api/models/{name}/refs")["branches"]] == ["main"]
-        for name in ("bucket", "modelcache/other", "modelcache", "org/bert"):
-            answer = server.ask(f"/{name}/resolve/main/config.json")
-            assert answer.headers["x-error-code"] == "RepoNotFound"
+        for name in ("bucket", "modelcache/other", "modelcache", "org/bert", "bert/other"):
+            for path in (f"/{name}/resolve/main/config.json", f"/api/models/{name}", f"/api/models/{name}/tree/main"):
+                answer = server.ask(path)
+                assert answer.headers["x-error-code"] == "RepoNotFound"
             assert "modelcache/bert or bert" in answer.headers["x-error-message"]
 
 

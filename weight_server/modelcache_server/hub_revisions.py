@@ -3,7 +3,7 @@
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -16,6 +16,7 @@ _ACTIVE_REFS = ("main", "HEAD")
 """Stand for what is active, whatever branch or tag was asked for: programs ask for `main` unless told otherwise."""
 _NAMESPACE = "modelcache"
 """Stands before the names of buckets and folders for programs that know no names without a slash."""
+_PAGES = frozenset({"resolve", "revision", "tree", "refs", "paths-info", "auth-check", "commits", "discussions"})
 _SPECIAL_REF_PARTS = 3  # refs/pr/1
 
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
@@ -104,13 +105,10 @@ class HubRevisions:
             RequestError: NOT_READY, or UNKNOWN_REPO.
         """
         active = self._now()
-        for repo in active.repos:
-            if (rest := _after(segments, repo)) is not None:
-                return repo, rest
-        for repo in self._read_index(active.announced).repos:
-            if (rest := _after(segments, repo)) is not None:
-                return repo, rest
-        if segments[0] in active.repos:
+        found = _named_by(segments, active.repos) or _named_by(segments, self._read_index(active.announced).repos)
+        if found is not None:
+            return found
+        if "/" in segments[0] and segments[0] in active.repos:
             raise RequestError(Reason.UNKNOWN_REPO, f"Write the slash of {segments[0]} as it is, not as %2F.")
         names = " or ".join(active.repos)
         raise RequestError(
@@ -218,6 +216,16 @@ class HubRevisions:
                     if commit not in commits or commits[commit].rank < kept.rank:
                         commits[commit] = kept
         return repos
+
+
+def _named_by(segments: list[str], repos: Iterable[str]) -> tuple[str, list[str]] | None:
+    """The repo that a path begins with, and the rest of the path."""
+    for repo in repos:
+        rest = _after(segments, repo)
+        # A bare name may be the namespace of another repo.
+        if rest is not None and ("/" in repo or not rest or rest[0] in _PAGES):
+            return repo, rest
+    return None
 
 
 def _after(segments: list[str], name: str) -> list[str] | None:

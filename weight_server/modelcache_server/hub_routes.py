@@ -46,11 +46,11 @@ class HubRoutes:
             return _refusal(error, https=self._https or request.headers.get("x-forwarded-proto") == "https")
         # Some clients write the endpoint with a slash at its end.
         segments = [segment for segment in request.segments() if segment]
-        if request.method == "POST" and segments[:2] == ["api", "models"]:
-            return self._post(request, segments[2:])
-        if request.method not in {"GET", "HEAD"}:
-            return read_only()
         match segments:
+            case ["api", "models", _, *_] if request.method == "POST":
+                return self._post(request, segments[2:])
+            case _ if request.method not in {"GET", "HEAD"}:
+                return read_only()
             case ["api", "models", _, *_]:
                 return self._api(request, segments[2:])
             case ["api", kind, _, *_] if kind in _OTHER_KINDS:
