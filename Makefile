@@ -75,8 +75,11 @@ tested: lint
 
 .PHONY: test-all
 test-all: test ## Also soaks, fuzzing, kill matrices and every fault on the cluster
+	$(MAKE) --jobs=2 --output-sync=line slow e2e SELECT=slow
+
+.PHONY: slow
+slow: setup
 	$(BIN)/python -m pytest tests/unit tests/integration -m slow
-	$(MAKE) e2e SELECT=slow
 
 .PHONY: bench
 bench: setup ## Print the table of ratios and write build/bench.json
