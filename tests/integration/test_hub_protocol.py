@@ -6,15 +6,16 @@ import http.client
 import json
 import os
 import socket
+import ssl
 from urllib.parse import quote
 
 import pytest
 
-from modelcache_server import TokenSettings, catalog
+from modelcache_server import TlsSettings, TokenSettings, catalog
 from modelcache_volume import Volume
 from modelcache_wire.v1 import weights_pb2
 from support.hub_world import NAME, REPO, git_oid, hub_files, hub_world
-from support.server_security import AUDIENCE, ISSUER, Issuer
+from support.server_security import AUDIENCE, ISSUER, Issuer, write_certificate
 from support.server_volume import (
     HOST,
     Running,
@@ -632,6 +633,21 @@ def test_without_a_valid_token_nothing_is_told(guarded, path):
         answer = server.ask(path, X_Forwarded_Proto="https", **headers)
         assert answer.headers["x-error-message"] == "Invalid credentials in Authorization header"
         assert b"Not authenticated: " in answer.body
+
+
+def test_over_tls_a_401_has_the_words_that_clients_know(guarded, tmp_path):
+    certificate, key = write_certificate(tmp_path)
+    settings = guarded[0].server.settings
+    with running(settings.root, tokens=settings.tokens, tls=TlsSettings(certificate, key)) as server:
+        context = ssl.create_default_context(cafile=str(certificate))
+        connection = http.client.HTTPSConnection(HOST, server.addresses.http, timeout=30, context=context)
+        connection.request("HEAD", PAGES[0])
+        answer = connection.getresponse()
+        assert (answer.status, answer.headers["X-Error-Message"]) == (
+            401,
+            "Invalid credentials in Authorization header",
+        )
+        connection.close()
 
 
 @pytest.mark.parametrize("path", PAGES)

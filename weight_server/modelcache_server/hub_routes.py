@@ -43,7 +43,7 @@ class HubRoutes:
         try:
             self._authorize(request.headers.get("authorization"))
         except RequestError as error:
-            return _refusal(error, https=self._https or request.headers.get("x-forwarded-proto") == "https")
+            return _refusal(error, https=self._https or "https" in request.headers.get("x-forwarded-proto", ""))
         # Some clients write the endpoint with a slash at its end.
         segments = [segment for segment in request.segments() if segment]
         match segments:
