@@ -1,17 +1,11 @@
-"""Ranges over HTTP/1.1 on blocking sockets, received straight into the tensor's memory.
+"""Ranges over HTTP/1.1, received straight into the tensor's memory.
 
-Blocking sockets with ``SO_RCVTIMEO`` keep ``MSG_WAITALL`` working (Python's own timeouts make a socket non-blocking),
-so a megabyte is one system call, made without the interpreter lock. Connections are kept alive and shared by all models
-of the process. Protocol: RFC 9110 section 14 (Range), RFC 9112.
+Connections are kept alive and shared by all models of the process. Protocol: RFC 9110 section 14 (Range), RFC 9112.
 """
 
 from __future__ import annotations
 
-import contextlib
 import re
-import socket
-import ssl
-import struct
 import threading
 from collections import defaultdict
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -19,10 +13,12 @@ from urllib.parse import quote
 
 from modelcache.errors import AccessDenied, FileNotInSnapshot, RevisionGone
 from modelcache.lane import CorruptAtServer, LaneBroken
+from modelcache.transport import PlainTransport, TlsTransport
 
 if TYPE_CHECKING:
     from modelcache.deadline import Deadline
     from modelcache.security import Security
+    from modelcache.transport import Transport
 
 __all__ = ["HttpLane", "HttpStream"]
 
@@ -31,8 +27,6 @@ CONNECT_SECONDS: Final = 5.0
 _HEADER_BYTES: Final = 16 * 2**10
 _FIRST_READ: Final = 1024
 _IDLE_PER_SERVER: Final = 8
-# A receiver that is woken for each 64 KiB segment spends a quarter more CPU than one that is woken for each of these.
-_WAKE_BYTES: Final = 512 * 2**10
 
 
 class Server(NamedTuple):
@@ -61,14 +55,13 @@ class HttpStream:
         server: who sends it.
     """
 
-    def __init__(self, lane: HttpLane, server: Server, connection: socket.socket, deadline: Deadline) -> None:
+    def __init__(self, lane: HttpLane, server: Server, transport: Transport, deadline: Deadline) -> None:
         self.server = server
         self._lane = lane
-        self._socket = connection
+        self._transport = transport
         self._deadline = deadline
         self._left = 0
         self._early = memoryview(b"")
-        self._wakes_at = 1
         deadline.cancellation.attach(self)
 
     def request(self, target: str, host: str, offset: int, length: int, token: str | None) -> None:
@@ -79,8 +72,8 @@ class HttpStream:
             f"Accept-Encoding: identity\r\n{authorization}\r\n"
         )
         try:
-            self._set_timeout()
-            self._socket.sendall(head.encode("ascii"))
+            self._transport.limit(min(self._deadline.remaining(), STALL_SECONDS))
+            self._transport.send(head.encode("ascii"))
             status, headers, early = self._head()
         except OSError as error:
             raise self._broken(error) from error
@@ -104,8 +97,8 @@ class HttpStream:
         else:
             want = min(len(view), self._left)
             try:
-                count = self._receive(view[:want])
-            except (BlockingIOError, ssl.SSLWantReadError) as error:
+                count = self._transport.receive_into(view[:want], self._left)
+            except BlockingIOError as error:
                 self._deadline.remaining()
                 raise LaneBroken(f"{self._name()} sent nothing for {STALL_SECONDS:g} s.") from error
             except OSError as error:
@@ -117,47 +110,25 @@ class HttpStream:
 
     def abort(self) -> None:
         """Breaks the connection from another thread: a blocked ``read_into`` returns."""
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+        self._transport.abort()
 
     def close(self) -> None:
         """Gives the connection back for the next request, or closes it when the body was not read to its end."""
         self._deadline.cancellation.detach(self)
         if self._left == 0 and not self._early and not self._deadline.cancellation.cancelled:
-            self._wake_at(1)
-            self._lane.give_back(self.server, self._socket)
+            self._lane.give_back(self.server, self._transport)
         else:
-            self._socket.close()
+            self._transport.close()
 
     def discard(self) -> None:
         """Closes the connection."""
         self._left = -1
         self.close()
 
-    def _receive(self, view: memoryview) -> int:
-        if not isinstance(self._socket, ssl.SSLSocket):
-            # The kernel would wait for ever for bytes beyond the response's end, so the last ones come as they come.
-            many = min(len(view), self._left - _WAKE_BYTES)
-            self._wake_at(_WAKE_BYTES if many > 0 else 1)
-            return self._socket.recv_into(view, many if many > 0 else len(view), socket.MSG_WAITALL)
-        received = 0
-        while received < len(view):  # One TLS record, 16 KiB, at a time.
-            count = self._socket.recv_into(view[received:])
-            if not count:
-                break
-            received += count
-        return received
-
-    def _wake_at(self, nbytes: int) -> None:
-        """Has the kernel wake this thread when so many bytes are there (SO_RCVLOWAT), or the connection ended."""
-        if nbytes != self._wakes_at:
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, nbytes)
-            self._wakes_at = nbytes
-
     def _head(self) -> tuple[int, dict[str, str], memoryview]:
         received = bytearray()
         while True:
-            chunk = self._socket.recv(_FIRST_READ)
+            chunk = self._transport.receive(_FIRST_READ)
             if not chunk:
                 raise ConnectionResetError("it closed the connection")
             received += chunk
@@ -190,13 +161,6 @@ class HttpStream:
             raise CorruptAtServer(message)
         raise LaneBroken(message)
 
-    def _set_timeout(self) -> None:
-        seconds = min(self._deadline.remaining(), STALL_SECONDS)
-        whole = int(seconds)
-        timeval = struct.pack("ll", whole, int((seconds - whole) * 1e6) + 1)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
-
     def _broken(self, why: object) -> LaneBroken:
         self._deadline.remaining()
         return LaneBroken(f"The connection to {self._name()} broke: {why}.")
@@ -215,7 +179,7 @@ class HttpLane:
     def __init__(self, security: Security) -> None:
         self._security = security
         self._lock = threading.Lock()
-        self._idle: defaultdict[Server, list[socket.socket]] = defaultdict(list)
+        self._idle: defaultdict[Server, list[Transport]] = defaultdict(list)
 
     def open(self, server: Server, digest: str, path: str, offset: int, length: int, deadline: Deadline) -> HttpStream:
         """Asks ``server`` for bytes of a file of a snapshot.
@@ -227,8 +191,8 @@ class HttpLane:
         """
         target = f"/v1/snapshots/{digest}/{quote(path)}"
         while True:
-            connection, fresh = self._connection(server, deadline)
-            stream = HttpStream(self, server, connection, deadline)
+            transport, fresh = self._transport(server, deadline)
+            stream = HttpStream(self, server, transport, deadline)
             try:
                 stream.request(target, server.name, offset, length, self._security.token())
             except LaneBroken:
@@ -241,35 +205,34 @@ class HttpLane:
                 raise
             return stream
 
-    def give_back(self, server: Server, connection: socket.socket) -> None:
+    def give_back(self, server: Server, transport: Transport) -> None:
         """Keeps a connection whose response was read to its end."""
         with self._lock:
             idle = self._idle[server]
             if len(idle) < _IDLE_PER_SERVER:
-                idle.append(connection)
+                idle.append(transport)
                 return
-        connection.close()
+        transport.close()
 
     def close(self) -> None:
         """Closes the idle connections."""
         with self._lock:
-            idle = [connection for connections in self._idle.values() for connection in connections]
+            idle = [transport for transports in self._idle.values() for transport in transports]
             self._idle.clear()
-        for connection in idle:
-            connection.close()
+        for transport in idle:
+            transport.close()
 
-    def _connection(self, server: Server, deadline: Deadline) -> tuple[socket.socket, bool]:
+    def _transport(self, server: Server, deadline: Deadline) -> tuple[Transport, bool]:
+        """A connection that was kept, or a fresh one (True)."""
         with self._lock:
             idle = self._idle[server]
             if idle:
                 return idle.pop(), False
+        seconds = min(CONNECT_SECONDS, deadline.remaining())
         try:
-            seconds = min(CONNECT_SECONDS, deadline.remaining())
-            connection = socket.create_connection((server.address, server.port), timeout=seconds)
-            if server.tls:
-                connection = self._security.context.wrap_socket(connection, server_hostname=server.name)
+            plain = PlainTransport((server.address, server.port), seconds)
+            if not server.tls:
+                return plain, True
+            return TlsTransport(plain, self._security.context, server.name, seconds), True
         except OSError as error:
             raise LaneBroken(f"{server} cannot be reached: {error}.") from error
-        connection.settimeout(None)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return connection, True

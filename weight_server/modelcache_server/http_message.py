@@ -7,11 +7,13 @@ from urllib.parse import unquote_to_bytes
 from modelcache_server.errors import Reason, RequestError
 
 MAX_HEADERS = 64
-_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([\x21-\x7e]+) HTTP/1\.([01])")
-_HEADER = re.compile(rb"(" + _TOKEN + rb"):[ \t]*([\x20-\x7e\x80-\xff\t]*?)[ \t]*")
+_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_REQUEST_LINE = re.compile(rf"({_NAME}) ([\x21-\x7e]+) HTTP/1\.([01])")
+_OTHER_VERSION = re.compile(rf"{_NAME} [\x21-\x7e]+ HTTP/[0-9]\.[0-9]")
+_HEADER_NAME = re.compile(_NAME)
+_FORBIDDEN = bytes({*range(0x20), 0x7F} - set(b"\t\r\n"))
 _SINGULAR = frozenset({"host", "content-length", "range", "authorization", "if-range", "transfer-encoding"})
-_ABSOLUTE = re.compile(rb"https?://[^/?#]+", re.IGNORECASE)
+_ABSOLUTE = re.compile(r"https?://[^/?#]+", re.IGNORECASE)
 _RANGE = re.compile(r"bytes=(?:([0-9]+)-([0-9]*)|-([0-9]+))", re.IGNORECASE)
 _LENGTH = re.compile(r"[0-9]+")
 _BEYOND = 10**19  # more bytes than any file has
@@ -100,35 +102,38 @@ def parse_request(head: bytes) -> Request:
         BadRequest: 400 for malformed heads and for bodies where none belongs, 417 for an unknown expectation, 431 for
             too many headers, 505 for other versions.
     """
-    line, *rest = head.split(b"\r\n")
+    line, *rest = head.decode("latin-1").split("\r\n")
     match = _REQUEST_LINE.fullmatch(line)
     if match is None:
-        if re.fullmatch(_TOKEN + rb" [\x21-\x7e]+ HTTP/\d\.\d", line):
+        if _OTHER_VERSION.fullmatch(line):
             raise BadRequest(505, "This server speaks HTTP/1.1.")
         raise BadRequest(400, "The request line is malformed.")
     method, target, minor = match.groups()
     if (absolute := _ABSOLUTE.match(target)) is not None:
         target = target[absolute.end() :]
-        target = target if target.startswith(b"/") else b"/" + target
-    if not target.startswith(b"/"):
+        target = target if target.startswith("/") else "/" + target
+    if not target.startswith("/"):
         raise BadRequest(400, "The request's target must be a path.")
     if len(rest) > MAX_HEADERS:
         raise BadRequest(431, f"More than {MAX_HEADERS} headers.")
+    # Each line break is one CR and one LF, and no control character but the tab is part of a header.
+    if len(head.translate(None, _FORBIDDEN)) != len(head) or not (len(rest) == head.count(b"\r") == head.count(b"\n")):
+        raise BadRequest(400, "A header is malformed.")
     headers = _parse_headers(rest)
-    if minor == b"0":
+    if minor == "0":
         headers.pop("expect", None)  # from clients that cannot wait for the answer to it
     elif "host" not in headers:
         raise BadRequest(400, "The Host header is missing.")
     if headers.get("expect", "100-continue").lower() != "100-continue":
         raise BadRequest(417, "This server knows the expectation 100-continue only.")
     body_length = _body_length(headers)
-    if body_length != 0 and method in {b"GET", b"HEAD"}:
+    if body_length != 0 and method in {"GET", "HEAD"}:
         raise BadRequest(400, "Requests that read have no body.")
     wishes = {wish.strip().lower() for wish in headers.get("connection", "").split(",")}
-    keep_alive = "close" not in wishes and (minor == b"1" or "keep-alive" in wishes)
-    path, _, query = target.decode("ascii").partition("?")
+    keep_alive = "close" not in wishes and (minor == "1" or "keep-alive" in wishes)
+    path, _, query = target.partition("?")
     body = b"" if body_length == 0 else None
-    return Request(method.decode("ascii"), path, query, headers, keep_alive, body_length, body)
+    return Request(method, path, query, headers, keep_alive, body_length, body)
 
 
 def _body_length(headers: dict[str, str]) -> int | None:
@@ -146,14 +151,14 @@ def _number(digits: str) -> int:
     return int(significant or "0") if len(significant) < len(str(_BEYOND)) else _BEYOND
 
 
-def _parse_headers(lines: list[bytes]) -> dict[str, str]:
+def _parse_headers(lines: list[str]) -> dict[str, str]:
     headers: dict[str, str] = {}
     for line in lines:
-        match = _HEADER.fullmatch(line)
-        if match is None:
+        name, colon, value = line.partition(":")
+        if not colon or _HEADER_NAME.fullmatch(name) is None:
             raise BadRequest(400, "A header is malformed.")
-        name = match[1].decode("ascii").lower()
-        value = match[2].decode("latin-1")
+        name = name.lower()
+        value = value.strip(" \t")
         if name in headers:
             if name in _SINGULAR:
                 raise BadRequest(400, f"The header {name} occurs twice.")
