@@ -116,10 +116,7 @@ def parse_request(head: bytes) -> Request:
         raise BadRequest(400, "The request's target must be a path.")
     if len(rest) > MAX_HEADERS:
         raise BadRequest(431, f"More than {MAX_HEADERS} headers.")
-    # Each line break is one CR and one LF, and no control character but the tab is part of a header.
-    if len(head.translate(None, _FORBIDDEN)) != len(head) or not (len(rest) == head.count(b"\r") == head.count(b"\n")):
-        raise BadRequest(400, "A header is malformed.")
-    headers = _parse_headers(rest)
+    headers = _parse_headers(head, rest)
     if minor == "0":
         headers.pop("expect", None)  # from clients that cannot wait for the answer to it
     elif "host" not in headers:
@@ -151,7 +148,11 @@ def _number(digits: str) -> int:
     return int(significant or "0") if len(significant) < len(str(_BEYOND)) else _BEYOND
 
 
-def _parse_headers(lines: list[str]) -> dict[str, str]:
+def _parse_headers(head: bytes, lines: list[str]) -> dict[str, str]:
+    # Each line break is one CR and one LF, and no control character but the tab is part of a header.
+    breaks = len(lines)
+    if head.translate(None, _FORBIDDEN) != head or head.count(b"\r") != breaks or head.count(b"\n") != breaks:
+        raise BadRequest(400, "A header is malformed.")
     headers: dict[str, str] = {}
     for line in lines:
         name, colon, value = line.partition(":")
