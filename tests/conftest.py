@@ -58,8 +58,12 @@ def _nothing_left_running() -> Iterator[None]:
 
 
 def _children() -> list[str]:
-    lists = (task.joinpath("children").read_text(encoding="ascii") for task in Path("/proc/self/task").iterdir())
-    return [pid for each in lists for pid in each.split()]
+    while True:
+        lists = (task.joinpath("children").read_text(encoding="ascii") for task in Path("/proc/self/task").iterdir())
+        try:
+            return [pid for each in lists for pid in each.split()]
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # a thread ended meanwhile, and another one has its children
 
 
 def _command(pid: str) -> str:
