@@ -256,7 +256,7 @@ def _invalid(cr: Object, error: ValidationError) -> dict[str, Any]:
 def _is_trouble(condition: Mapping[str, Any]) -> bool:
     """Whether a change of a condition deserves a Warning: not while things simply take their time."""
     waiting = {"Fetching", "Planning", "Starting", "WaitingForFetch", "NotResolved", "CreatingVolume", "MountOnly"}
-    waiting |= {"Suspended", "WaitingForTurn", "GrowingVolume", "Announcing", "Waiting"}
+    waiting |= {"Suspended", "WaitingForTurn", "GrowingVolume", "Announcing", "RollingOut", "Waiting"}
     return condition["status"] not in _GOOD_NEWS and condition["reason"] not in waiting
 
 

@@ -28,12 +28,14 @@ class Served:
         endpoint: status.endpoint.
         server: status.server.
         is_wanted: Whether there are to be servers at all.
+        rolling: (reason, message) while servers run that are not made as the spec asks for now.
     """
 
     condition: Condition
     endpoint: dict[str, Any] = field(default_factory=dict)
     server: dict[str, Any] = field(default_factory=dict)
     is_wanted: bool = True
+    rolling: tuple[str, str] | None = None
 
 
 def serve(observed: Observed, settings: Settings, actions: Actions, stored: Stored, active: Active | None) -> Served:
@@ -63,7 +65,25 @@ def serve(observed: Observed, settings: Settings, actions: Actions, stored: Stor
     for wanted in server.services(observed.cr, observed.spec):
         actions.ensure(wanted, observed.services.get(wanted["metadata"]["name"]))
     trouble = _deploy(observed, settings, actions, stored, active)
-    return Served(trouble or _condition(observed, actions, active), _endpoint(observed), counts)
+    condition = trouble or _condition(observed, actions, active)
+    return Served(condition, _endpoint(observed), counts, rolling=_rolling(observed, actions))
+
+
+def _rolling(observed: Observed, actions: Actions) -> tuple[str, str] | None:
+    """Why servers of before still run: the new ones are not ready yet, or something keeps them from it."""
+    live = observed.deployment
+    if live is None:
+        return None
+    status = live.get("status") or {}
+    is_changed_now = any(wanted["kind"] == "Deployment" and _restarts(live, wanted) for wanted in actions.applies)
+    is_seen = status.get("observedGeneration", 0) >= live["metadata"].get("generation", 0)
+    if not is_changed_now and is_seen and status.get("replicas", 0) <= status.get("updatedReplicas", 0):
+        return None
+    for pod in _server_pods(observed):
+        if (found := attempts.obstacle(pod, observed.warnings)) is not None:
+            return found
+    actions.look_again(30)
+    return "RollingOut", "Servers made as the spec asks for now take over, one after the other."
 
 
 def _conflict(observed: Observed, actions: Actions) -> Condition | None:
@@ -76,7 +96,9 @@ def _conflict(observed: Observed, actions: Actions) -> Condition | None:
         actions.look_again(2 if observed.leftover(child) else 60)
         if observed.leftover(child):
             return Condition(SERVING, "False", "Terminating", f"{what} of an earlier ModelCache is still going.")
-        text = f"{what} exists and is not ours; it is not touched. Rename it or this ModelCache."
+        text = (
+            f"{what} exists and is not ours; it is not touched. Delete it, or choose another name for this ModelCache."
+        )
         return Condition(SERVING, "False", "NameConflict", text)
     return None
 
@@ -124,17 +146,21 @@ def _roll(observed: Observed, actions: Actions, wanted: Object, live: Object | N
         return
     if not is_changed(live, marked_object(wanted)):
         return
-    annotation = names.TEMPLATE_ANNOTATION
-    restarts = (live["metadata"].get("annotations") or {}).get(annotation) != wanted["metadata"]["annotations"][
-        annotation
-    ] or not covers(live["spec"]["template"], wanted["spec"]["template"])
     going_down = wanted["spec"]["replicas"] == 0
-    if not restarts or going_down or observed.slots.get("rollout"):
+    if not _restarts(live, wanted) or going_down or observed.slots.get("rollout"):
         actions.ensure(wanted, live)
     elif "rollout" not in observed.slots:
         actions.asks.add("rollout")
     else:
         actions.look_again(ROLLOUT_WAIT_SECONDS)
+
+
+def _restarts(live: Object, wanted: Object) -> bool:
+    """Whether applying replaces the pods."""
+    annotation = names.TEMPLATE_ANNOTATION
+    before = (live["metadata"].get("annotations") or {}).get(annotation)
+    is_same = before == wanted["metadata"]["annotations"][annotation]
+    return not is_same or not covers(live["spec"]["template"], wanted["spec"]["template"])
 
 
 def _condition(observed: Observed, actions: Actions, active: Active | None) -> Condition:

@@ -77,8 +77,8 @@ def _strange(observed: Observed, actions: Actions, name: str, claim: Object) -> 
         text = f"The volume {name} of the ModelCache that had this name before is still going."
         return Stored(name, None, ("VolumeTerminating", text))
     text = (
-        f"PersistentVolumeClaim {name} exists and is not ours; it is not touched. Rename it or this ModelCache, or "
-        f"use it as spec.storage.existingClaim."
+        f"PersistentVolumeClaim {name} exists and is not ours; it is not touched. Delete it, choose another name for "
+        f"this ModelCache, or use the claim as spec.storage.existingClaim."
     )
     actions.look_again(60)
     return Stored(name, None, ("NameConflict", text))

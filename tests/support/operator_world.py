@@ -185,7 +185,8 @@ class World:
     def servers_are_up(self):
         deployment = self.objects["Deployment", self.weights]
         replicas = deployment["spec"]["replicas"]
-        deployment["status"] = {"replicas": replicas, "readyReplicas": replicas, "availableReplicas": replicas}
+        counts = ("replicas", "updatedReplicas", "readyReplicas", "availableReplicas")
+        deployment["status"] = dict.fromkeys(counts, replicas) | {"observedGeneration": 1}
 
     def to_ready(self):
         """The whole way, as it goes when nothing goes wrong."""

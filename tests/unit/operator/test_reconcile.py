@@ -672,6 +672,52 @@ def test_an_upgrade_of_the_operator_fetches_nothing_and_rolls_the_servers_in_tur
     assert world.names("Job") == jobs
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cacheSize": "128Mi"},
+        {"access": {"mode": "Token", "serviceAccounts": [{"name": "app"}]}},
+        {"access": {"tls": {"secretName": "tls"}}},
+    ],
+    ids=["cacheSize", "Token", "tls"],
+)
+def test_a_change_of_the_servers_is_up_to_date_when_no_server_of_before_runs_any_more(change):
+    """Who has just closed a model with tokens must not be told that all is done while it is still open."""
+    world = World().to_ready()
+    world.keys = TokenKeys("https://issuer", "{}")
+    world.change(server=change)
+    first = world.step().status["conditions"]
+    assert [(c["status"], c["reason"]) for c in first if c["type"] == "UpToDate"] == [("False", "RollingOut")]
+    world.deployment()["metadata"]["generation"] = 2
+    old = {"replicas": 1, "updatedReplicas": 1, "readyReplicas": 1, "availableReplicas": 1}
+    for counts in (
+        {"observedGeneration": 1},
+        {"observedGeneration": 2, "updatedReplicas": 0},
+        {"observedGeneration": 2, "replicas": 2, "updatedReplicas": 1},
+    ):
+        world.deployment()["status"] = old | counts
+        world.settle()
+        assert world.conditions["UpToDate"] == ("False", "RollingOut")
+        assert world.conditions["Ready"] == ("True", "Serving"), "servers of before still read"
+    container = {"image": "x:1", "state": {"waiting": {"reason": "ImagePullBackOff"}}}
+    labels = {"modelcache.io/component": "server"}
+    pod = {"kind": "Pod", "metadata": {"name": "new", "labels": labels}, "status": {"containerStatuses": [container]}}
+    world.add(pod)
+    world.settle()
+    assert world.conditions["UpToDate"] == ("False", "ImagePullError")
+    world.objects.pop(("Pod", "new"))
+    world.deployment()["status"] = old | {"observedGeneration": 2}
+    world.settle()
+    assert world.conditions == READY
+
+
+def test_a_server_that_is_lost_leaves_the_model_up_to_date():
+    world = World(server={"replicas": 2}).to_ready()
+    world.deployment()["status"]["availableReplicas"] = 1
+    world.settle()
+    assert world.conditions == READY
+
+
 def test_scaling_needs_no_turn():
     world = World().to_ready()
     world.slots["rollout"] = False
