@@ -61,7 +61,11 @@ class Election:
 
     async def acquire(self) -> None:
         """Wait until this replica leads."""
-        while await self._attempt() != "held":  # noqa: ASYNC110 - it polls a server
+        holder = None
+        while await self._attempt() != "held":
+            if self._seen and self._seen[0] != holder:
+                holder = self._seen[0]
+                log.info("standing by: lease %s/%s is held by %s", self._namespace, self._name, holder)
             await asyncio.sleep(self._times.retry * random.uniform(1.0, 1.2))  # noqa: S311 - jitter
 
     async def hold(self) -> None:

@@ -134,6 +134,11 @@ class Observed:
         )
 
 
+def conflict_text(what: str) -> str:
+    """The message of the reason NameConflict."""
+    return f"{what} exists and is not ours; it is not touched. Delete it, or choose another name for this ModelCache."
+
+
 def is_deleting(obj: Object) -> bool:
     """Whether an object's deletion was asked for."""
     return bool(obj["metadata"].get("deletionTimestamp"))

@@ -7,7 +7,7 @@ from typing import Any
 from modelcache_operator import attempts
 from modelcache_operator.actions import Actions
 from modelcache_operator.attempts import Attempt, Failure
-from modelcache_operator.observed import Observed, Slot
+from modelcache_operator.observed import Observed, Slot, conflict_text, is_deleting
 from modelcache_operator.resources.jobs import JobId
 from modelcache_operator.resources.names import Object
 from modelcache_operator.settings import Settings
@@ -138,9 +138,12 @@ def _create(
     name = job["metadata"]["name"]
     if (refusal := observed.refusals.get(("Job", name))) is not None:
         return Busy(number, name, failure, (refusal.reason, refusal.message))
-    if any(existing["metadata"]["name"] == name for existing in observed.jobs):
-        actions.look_again(1)
-        return Idle("Waiting", f"Job {name} is being deleted.")
+    if (existing := next((j for j in observed.jobs if j["metadata"]["name"] == name), None)) is not None:
+        if is_deleting(existing) or observed.leftover(existing):
+            actions.look_again(1)
+            return Idle("Waiting", f"Job {name} is being deleted.")
+        actions.look_again(60)
+        return Busy(number, name, failure, ("NameConflict", conflict_text(f"Job {name}")))
     if slot not in observed.slots:
         actions.asks.add(slot)
     elif not observed.slots[slot]:

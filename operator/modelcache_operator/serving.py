@@ -6,9 +6,9 @@ from typing import Any
 from modelcache_operator import attempts
 from modelcache_operator.actions import Actions, is_changed, marked_object
 from modelcache_operator.comparison import covers
-from modelcache_operator.conditions import SERVING, Condition
+from modelcache_operator.conditions import SERVING, UP_TO_DATE, Condition
 from modelcache_operator.fetching import Active
-from modelcache_operator.observed import Observed
+from modelcache_operator.observed import Observed, conflict_text
 from modelcache_operator.resources import claim as claims
 from modelcache_operator.resources import names, server
 from modelcache_operator.resources.names import Object
@@ -76,7 +76,10 @@ def _rolling(observed: Observed, actions: Actions) -> tuple[str, str] | None:
         return None
     status = live.get("status") or {}
     is_changed_now = any(wanted["kind"] == "Deployment" and _restarts(live, wanted) for wanted in actions.applies)
-    is_seen = status.get("observedGeneration", 0) >= live["metadata"].get("generation", 0)
+    # what the controller has not seen yet are other pods, or only more or fewer of them if all was well with this spec
+    before = observed.condition(UP_TO_DATE)
+    was_well = before.get("status") == "True" and before.get("observedGeneration") == observed.generation
+    is_seen = was_well or status.get("observedGeneration", 0) >= live["metadata"].get("generation", 0)
     if not is_changed_now and is_seen and status.get("replicas", 0) <= status.get("updatedReplicas", 0):
         return None
     for pod in _server_pods(observed):
@@ -96,10 +99,7 @@ def _conflict(observed: Observed, actions: Actions) -> Condition | None:
         actions.look_again(2 if observed.leftover(child) else 60)
         if observed.leftover(child):
             return Condition(SERVING, "False", "Terminating", f"{what} of an earlier ModelCache is still going.")
-        text = (
-            f"{what} exists and is not ours; it is not touched. Delete it, or choose another name for this ModelCache."
-        )
-        return Condition(SERVING, "False", "NameConflict", text)
+        return Condition(SERVING, "False", "NameConflict", conflict_text(what))
     return None
 
 

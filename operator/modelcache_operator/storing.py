@@ -7,7 +7,7 @@ from typing import Any
 from modelcache_api.quantities import format_bytes
 from modelcache_operator.actions import Actions, Note
 from modelcache_operator.clock import format_time, parse_time
-from modelcache_operator.observed import Observed, is_deleting
+from modelcache_operator.observed import Observed, conflict_text, is_deleting
 from modelcache_operator.resources import claim as builder
 from modelcache_operator.resources import names
 from modelcache_operator.resources.names import Object
@@ -76,10 +76,7 @@ def _strange(observed: Observed, actions: Actions, name: str, claim: Object) -> 
         actions.look_again(2)
         text = f"The volume {name} of the ModelCache that had this name before is still going."
         return Stored(name, None, ("VolumeTerminating", text))
-    text = (
-        f"PersistentVolumeClaim {name} exists and is not ours; it is not touched. Delete it, choose another name for "
-        f"this ModelCache, or use the claim as spec.storage.existingClaim."
-    )
+    text = conflict_text(f"PersistentVolumeClaim {name}") + " Or use it as spec.storage.existingClaim."
     actions.look_again(60)
     return Stored(name, None, ("NameConflict", text))
 

@@ -72,6 +72,7 @@ def test_auth_failed(hub, secrets, tmp_path, status):
         Reason.AUTH_FAILED, at(hub, secretRef={"name": "hf"}), tmp_path, "--secrets", secrets, plan=status == 403
     )
     assert hub.url in told
+    assert "hf_access_token" in told, "what the user has to look at"
 
 
 def test_auth_failed_gated(hub, tmp_path):

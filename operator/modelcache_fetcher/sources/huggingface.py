@@ -138,7 +138,10 @@ class HuggingFaceSource:
         repo, hub = self._repo_id, self._endpoint
         match status:
             case 401 | 403:
-                return FetchError(Reason.AUTH_FAILED, f"{hub} refused {who} ({status}) for {repo}.")
+                text = f"{hub} refused {who} ({status}) for {repo}."
+                if self._token:
+                    text += " Check the Secret's hf_access_token, and that its account may read the repo."
+                return FetchError(Reason.AUTH_FAILED, text)
             case 404:
                 text = f"{hub} has no repo {repo}, or speaks no Hugging Face API (404)."
                 return FetchError(Reason.NOT_FOUND, text)

@@ -88,6 +88,19 @@ def test_a_released_lease_is_taken_at_once_and_a_silent_one_after_its_duration()
     run(scenario)
 
 
+def test_who_waits_says_once_for_whom(caplog):
+    """The log of an operator that does nothing for a while must not be empty."""
+
+    async def scenario():
+        store = LeaseStore()
+        await election(store, "first").acquire()
+        await election(store, "second").acquire()
+
+    with caplog.at_level("INFO"):
+        run(scenario)
+    assert [record.getMessage() for record in caplog.records] == ["standing by: lease ns/lease is held by first"]
+
+
 def test_a_leader_that_cannot_renew_stops_before_the_lease_can_be_taken():
     async def scenario():
         loop = asyncio.get_running_loop()

@@ -624,6 +624,28 @@ def test_a_stranger_with_our_name_is_not_touched(kind, name, condition):
     assert world.conditions[condition][1] != "NameConflict"
 
 
+@pytest.mark.parametrize("component", ["plan", "fetch"])
+def test_a_job_that_is_not_ours_any_more_is_told_and_not_waited_for_as_if_it_went(component):
+    """As `kubectl delete mc --cascade=orphan` leaves them."""
+    world = World()
+    if component == "fetch":
+        world.run("plan")
+    [job] = world.decide().creates or world.running(component)
+    job = world.add(job)
+    job["metadata"]["ownerReferences"] = []
+    decision = world.settle()
+    assert world.conditions["UpToDate"] == ("False", "NameConflict")
+    assert job["metadata"]["name"] in world.message("UpToDate")
+    assert decision.requeue_after >= 30
+    job["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+    decision = world.settle()
+    assert world.conditions["UpToDate"] == ("False", "Waiting")
+    assert decision.requeue_after <= 1
+    world.objects.pop(("Job", job["metadata"]["name"]))
+    world.settle()
+    assert len(world.running(component)) == 1
+
+
 def test_drift_is_repaired():
     world = World().to_ready()
     world.deployment()["spec"]["template"]["spec"]["containers"][0]["image"] = "evil:latest"
@@ -709,6 +731,16 @@ def test_a_change_of_the_servers_is_up_to_date_when_no_server_of_before_runs_any
     world.deployment()["status"] = old | {"observedGeneration": 2}
     world.settle()
     assert world.conditions == READY
+
+
+def test_scaling_leaves_the_model_up_to_date():
+    world = World().to_ready()
+    world.change(server={"replicas": 2})
+    world.step()
+    assert world.conditions == READY
+    world.deployment()["metadata"]["generation"] = 2
+    world.step()
+    assert world.conditions == READY, "the Deployment's controller has not seen it yet"
 
 
 def test_a_server_that_is_lost_leaves_the_model_up_to_date():
