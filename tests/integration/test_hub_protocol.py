@@ -209,11 +209,13 @@ def test_writing_much_is_not_allowed_either(server, method, path, length):
 def test_a_body_that_is_not_needed_is_not_waited_for(server, path, status, length):
     with socket.create_connection((HOST, server.addresses.http), timeout=30) as connection:
         connection.sendall(f"POST {path} HTTP/1.1\r\nHost: h\r\n{length}\r\nExpect: 100-continue\r\n\r\n".encode())
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
         answer = b""
         while data := connection.recv(4096):
             answer += data
         assert answer.startswith(f"HTTP/1.1 {status} ".encode())
-        assert b"Connection: close" in answer, "the body could be taken for the next request"
+        assert b"Connection: close" in answer
+        assert answer.count(b"HTTP/1.1 ") == 1, "the body was taken for the next request"
 
 
 def test_who_asks_first_is_told_to_send_the_body(server):
