@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from modelcache_operator import attempts
+from modelcache_operator.clock import parse_time
 from modelcache_operator.kube import JOBS, Kube, Object
 from modelcache_operator.observed import Slot, is_deleting
 from modelcache_operator.resources import names
@@ -14,6 +15,8 @@ from modelcache_operator.settings import Settings
 
 COUNT_SECONDS = 5.0
 """How long a count of the cluster's Jobs is good; what is created meanwhile is added to it."""
+STUCK_SECONDS = 300.0
+"""A Job of which no pod has run for so long holds no turn: it loads nothing, and a few would hold up all others."""
 ROLLOUT_SECONDS = 300.0
 """A rollout that takes longer no longer holds up the others."""
 
@@ -122,7 +125,7 @@ class Budgets:
             labels = f"{names.COMPONENT_LABEL} in ({names.PLAN},{names.FETCH})"
             # finished ones stay for their logs: of many ModelCaches they would be the most
             for job in await self._kube.list(JOBS, namespace, labels=labels, fields="status.successful=0"):
-                if _is_running(job):
+                if _holds_a_turn(job, time.time()):
                     self._add(job)
         self._counted = time.monotonic()
 
@@ -135,6 +138,12 @@ class Budgets:
 
 def _is_running(job: Object) -> bool:
     return attempts.read(job).state == "running" and not is_deleting(job)
+
+
+def _holds_a_turn(job: Object, now: float) -> bool:
+    status = job.get("status") or {}
+    is_new = now - parse_time(job["metadata"].get("creationTimestamp")) < STUCK_SECONDS
+    return _is_running(job) and bool(is_new or status.get("ready") or status.get("failed"))
 
 
 def _component(job: Object) -> str:

@@ -44,6 +44,9 @@ NEEDED: tuple[Right, ...] = (
     *_rights("", "events", "list create"),
 )
 
+LEASE: tuple[Right, ...] = (*_rights("coordination.k8s.io", "leases", "create get update"),)
+"""In the operator's own namespace, for its own Lease."""
+
 FORBIDDEN: tuple[Right, ...] = (
     *_rights("", "secrets", "get list watch create update patch delete"),
     *_rights("", "pods", "get", "log"),
@@ -60,16 +63,28 @@ async def problems(reviewer: Reviewer, settings: Settings) -> list[str]:
     for namespace in settings.namespaces or ("",):
         where = f" in namespace {namespace}" if namespace else ""
         for right in (*NEEDED, *FORBIDDEN):
-            attributes = {
-                "namespace": namespace,
-                "group": right.group,
-                "resource": right.resource,
-                "subresource": right.subresource,
-                "verb": right.verb,
-            }
-            is_allowed = await reviewer.review(attributes)
+            is_allowed = await _is_allowed(reviewer, right, namespace)
             if not is_allowed and right in NEEDED:
                 found.append(f"not allowed, but needed: {right}{where}")
             elif is_allowed and right in FORBIDDEN:
                 found.append(f"allowed, but must not be: {right}{where}")
+    lease, namespace = settings.lease_name, settings.operator_namespace
+    found += [
+        f"not allowed, but needed: {right} for {lease} in namespace {namespace}"
+        for right in (LEASE if lease else ())
+        if not await _is_allowed(reviewer, right, namespace, "" if right.verb == "create" else lease)
+    ]
     return found
+
+
+async def _is_allowed(reviewer: Reviewer, right: Right, namespace: str, name: str = "") -> bool:
+    return await reviewer.review(
+        {
+            "namespace": namespace,
+            "group": right.group,
+            "resource": right.resource,
+            "subresource": right.subresource,
+            "verb": right.verb,
+            "name": name,
+        }
+    )

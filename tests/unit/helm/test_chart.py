@@ -110,7 +110,7 @@ def test_the_operator_is_granted_what_it_needs_and_nothing_else():
     objects = render()
     assert granted(objects["ClusterRole", "release-modelcache-system", ""]) == needed
     leader = granted(objects["Role", "release-modelcache-leader", "system"])
-    assert leader == {("coordination.k8s.io", "leases", "", verb) for verb in ("create", "get", "update")}
+    assert leader == {(r.group, r.resource, r.subresource, r.verb) for r in rights.LEASE}
     assert not {(r.group, r.resource, r.subresource, r.verb) for r in rights.FORBIDDEN} & needed
 
 

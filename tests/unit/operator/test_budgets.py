@@ -1,10 +1,12 @@
 """How turns are handed out, to whom, and who is woken when one comes free."""
 
 import asyncio
+import time
 
 import pytest
 
 from modelcache_operator.budgets import Budgets
+from modelcache_operator.clock import format_time
 from modelcache_operator.resources import names
 from modelcache_operator.settings import Settings
 
@@ -20,13 +22,17 @@ class Jobs:
 
     async def list(self, resource, namespace, *, labels="", fields=""):
         self.lists += 1
-        return [job for job in self.jobs if not job.get("status")]
+        return [job for job in self.jobs if not job.get("status", {}).get("conditions")]
 
 
-def job(name, component="fetch", host="hub"):
+def job(name, component="fetch", host="hub", *, age=0.0, **status):
     labels = {names.COMPONENT_LABEL: component, names.NAME_LABEL: name}
     metadata = {"namespace": "ns", "name": name, "labels": labels, "annotations": {names.HOST_ANNOTATION: host}}
-    return {"kind": "Job", "metadata": metadata}
+    return {
+        "kind": "Job",
+        "metadata": metadata | {"creationTimestamp": format_time(time.time() - age)},
+        "status": status,
+    }
 
 
 def end(found):
@@ -70,6 +76,15 @@ def test_after_a_restart_what_runs_already_is_counted(cluster):
     again = Budgets(cluster, SETTINGS)
     assert ask(again, cluster, "m2") is False
     assert ask(again, cluster, "m3", host="s3") is True
+
+
+def test_jobs_whose_pods_cannot_run_do_not_keep_the_others_from_fetching_for_ever(cluster):
+    """As with a StorageClass that does not exist, or an image that cannot be pulled."""
+    cluster.jobs = [job(f"stuck{n}", age=301, active=1, ready=0) for n in range(3)]
+    assert ask(Budgets(cluster, SETTINGS), cluster, "m") is True
+    for holds in (job("new", age=250, active=1), job("runs", age=9999, ready=1), job("backs-off", age=9999, failed=1)):
+        cluster.jobs = [holds, holds]
+        assert ask(Budgets(cluster, SETTINGS), cluster, "m") is False
 
 
 def test_a_turn_that_comes_free_wakes_the_first_in_line_and_the_first_of_its_host(budgets, cluster):

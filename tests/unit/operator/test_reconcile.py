@@ -111,6 +111,17 @@ def test_going_back_runs_new_jobs_and_takes_no_old_result_for_a_new_one():
     assert len(world.names("Job")) == 2, "the newest of each kind is kept for its logs, no more"
 
 
+@pytest.mark.parametrize(("limit", "kept"), [(0, ""), (1, "b"), (2, "ba")])
+def test_so_many_revisions_are_kept_as_the_spec_says(limit, kept):
+    world = World(revisionHistoryLimit=limit).to_ready()
+    for revision in ("v2", "bad"):
+        world.change(revision=revision)
+        world.run("plan")
+        world.run("fetch")
+    assert world.cr["status"]["revision"]["active"] == COMMITS["bad"]
+    assert [p["commit"][0] for p in world.cr["status"]["revision"]["previous"]] == list(kept)
+
+
 def test_observed_generation_follows_in_the_first_reconcile_after_a_change():
     """`kubectl apply && kubectl wait --for=condition=UpToDate` must never see the old True as the new one."""
     world = World().to_ready()
