@@ -16,8 +16,8 @@ from typing import Any, Final, Protocol
 __all__ = ["PlainTransport", "TlsTransport", "Transport"]
 
 # A receiver that is woken for each 64 KiB segment spends a quarter more CPU than one that is woken for each of these.
-_WAKE_BYTES: Final = 512 * 2**10
-_TLS_RECEIVE_BYTES: Final = 256 * 2**10
+_WAKE_BYTES: Final = 2**20
+_TLS_RECEIVE_BYTES: Final = 512 * 2**10
 # So much of a record, header and tag included, may be here already while its text is still to come (RFC 8446, 5.2).
 _TLS_RECORD_BYTES: Final = 5 + 2**14 + 256
 # Another time limit is not worth a system call if the one that is set is as near as this.

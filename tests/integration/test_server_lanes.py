@@ -3,14 +3,17 @@
 import hashlib
 import http.client
 import json
+import os
 import socket
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from modelcache_server.streams import PlainStream
 from modelcache_volume import BLOCK_BYTES
 from modelcache_wire.framing import join_manifest
 from modelcache_wire.v1 import weights_pb2, weights_pb2_grpc
@@ -90,6 +93,53 @@ def test_ranges_arrive_exactly_over_both_lanes(server, stub, digest, offset, len
     assert (answer.status, answer.body == BIG[offset : offset + length]) == (206, True)
     assert answer.headers["content-range"] == f"bytes {offset}-{offset + length - 1}/{len(BIG)}"
     assert read_all(stub, digest, ("big.bin", offset, length)) == BIG[offset : offset + length]
+
+
+class RecordingSocket:
+    """A socket that notes which of its calls send something, and from where in memory."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self.sent: list[list[tuple[int, int]]] = []  # (address, length) of each part of each sendmsg
+
+    def sendmsg(self, parts: list[memoryview]) -> int:
+        self.sent.append([(np.frombuffer(part, np.uint8).ctypes.data, len(part)) for part in parts])
+        return self._sock.sendmsg(parts)
+
+    def __getattr__(self, name: str) -> object:
+        assert not name.startswith("send"), f"{name} is not how bytes leave"
+        return getattr(self._sock, name)
+
+
+def test_each_block_leaves_by_one_sendmsg_straight_from_the_arena(root, digest, monkeypatch):
+    """Never by sendfile, which would send what the slot holds next."""
+    recorded: list[RecordingSocket] = []
+
+    def recording(sock: socket.socket, *, send_seconds: float) -> PlainStream:
+        del send_seconds  # however slow this machine is: a send that is cut short would be two
+        recorded.append(RecordingSocket(sock))
+        return PlainStream(recorded[-1], send_seconds=30)
+
+    monkeypatch.setattr("modelcache_server.http_server.PlainStream", recording)
+    monkeypatch.setattr(os, "sendfile", lambda *_: pytest.fail("sendfile of memory that is used again"))
+    start, end = BLOCK_BYTES - 100, 3 * BLOCK_BYTES + 5
+    with running(root) as server:
+        body = server.file(digest, "big.bin", Range=f"bytes={start}-{end - 1}").body
+        arena = server.server._arena
+        first = arena._address()
+    assert body == BIG[start:end]
+    (connection,) = recorded
+    (head, *blocks), *others = connection.sent
+    assert [length for _, length in [*blocks, *(part for sent in others for part in sent)]] == [
+        100,
+        BLOCK_BYTES,
+        BLOCK_BYTES,
+        5,
+    ]
+    assert [len(sent) for sent in connection.sent] == [2, 1, 1, 1]  # the head leaves with the first bytes
+    for address, length in [*blocks, *(part for sent in others for part in sent)]:
+        assert first <= address <= first + arena.size - length
+    assert head[1] < 1024
 
 
 def test_many_ranges_in_one_call_arrive_in_the_order_asked_for(stub, digest):

@@ -15,6 +15,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from modelcache_server import HttpLimits, Server, ServerError, ServerSettings
+from modelcache_server.admission import Admission
 from modelcache_volume import BLOCK_BYTES, NotAVolume, Volume
 from modelcache_wire.v1 import weights_pb2
 from support.processes import Child
@@ -255,6 +256,65 @@ def test_readers_that_do_not_read_pin_nothing_for_long_and_are_cut(tmp_path):
         assert server.metric("in_flight_bytes") == 0
         for client in stalled:
             client.close()
+
+
+def read_for_ever(server: Running, target: str, address: str, over: threading.Event) -> None:
+    """A client that asks for the same file again and again on one connection."""
+    with socket.create_connection((HOST, server.addresses.http), source_address=(address, 0)) as client:
+        while not over.is_set():
+            client.sendall(f"GET {target} HTTP/1.1\r\nHost: h\r\n\r\n".encode())
+            answer = client.makefile("rb")
+            while (line := answer.readline()) != b"\r\n":
+                length = int(line.split()[1]) if line.startswith(b"Content-Length") else 0
+            while length:
+                length -= len(answer.read1(min(length, MIB)))
+
+
+def test_greedy_readers_get_one_block_each_while_a_modest_one_waits(tmp_path, monkeypatch):
+    """Two clients read without end over four connections each; a third reads a layer."""
+    data = random_bytes(40 * MIB, 6)
+    volume, snapshot = make_volume(tmp_path / "volume", {"model.bin": data})
+    turns: list[tuple[str, str]] = []  # as the lock of Admission orders them
+
+    def noted(what: str, method):
+        def note(self: Admission, client: str, amount: int):
+            turns.append((what, client))
+            return method(self, client, amount)
+
+        return note
+
+    monkeypatch.setattr(Admission, "_queue", noted("waits", Admission._queue))
+    monkeypatch.setattr(Admission, "_take", noted("takes", Admission._take))
+    over = threading.Event()
+    modest, greedy = HOST, ("127.0.0.2", "127.0.0.3")
+    with running(volume.root, inflight_bytes=2 * BLOCK_BYTES) as server:
+        target = f"/v1/snapshots/{snapshot.digest}/model.bin"
+        readers = [
+            threading.Thread(target=read_for_ever, args=(server, target, address, over)) for address in greedy * 4
+        ]
+        for reader in readers:
+            reader.start()
+
+        def has_waited_often() -> bool:
+            answer = server.file(snapshot.digest, "model.bin", Range=f"bytes=0-{5 * BLOCK_BYTES - 1}")
+            assert answer.body == data[: 5 * BLOCK_BYTES]
+            return turns.count(("waits", modest)) >= 10
+
+        try:
+            wait_until(has_waited_often, "nobody is in its way", 60)
+        finally:
+            over.set()
+            for reader in readers:
+                reader.join()
+    others = 0
+    waiting = False
+    for what, client in turns:
+        if client == modest:
+            waiting, others = what == "waits", 0
+        elif waiting and what == "takes":
+            others += 1
+            # Each of the two may be in line before it once; eight connections would be four times as many.
+            assert others <= len(greedy)
 
 
 def test_a_cancelled_read_frees_its_stream(tmp_path):

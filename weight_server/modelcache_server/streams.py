@@ -40,11 +40,16 @@ class Stream(Protocol):
 
 
 class PlainStream:
-    """TCP without encryption."""
+    """TCP without encryption.
+
+    Attributes:
+        send_seconds: how long one `send` may take.
+    """
 
     def __init__(self, sock: socket.socket, *, send_seconds: float) -> None:
         """Wrap a connected socket; one `send` takes at most `send_seconds`."""
         self._sock = sock
+        self.send_seconds = send_seconds
         self._receive_seconds = -1.0
         sock.setblocking(True)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -122,11 +127,13 @@ class TlsStream:
         if not self._flush():
             return 0
         taken = 0
+        # Each piece may wait for the reader: only one limit for all keeps a slow one from holding a block for long.
+        deadline = time.monotonic() + self._plain.send_seconds
         for part in parts:
             view = memoryview(part)
             for start in range(0, len(view), _TLS_PIECE_BYTES):
                 taken += self._tls.write(view[start : start + _TLS_PIECE_BYTES])
-                if not self._flush():
+                if not self._flush() or time.monotonic() > deadline:
                     return taken
         return taken
 

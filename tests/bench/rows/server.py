@@ -53,8 +53,17 @@ def http(run: Run) -> dict[str, Pair]:
     return pairs
 
 
-_CPU = Row("server.http.cpu_of_both_ends", unit="s/GB", better="lower", goal=1.0, issue=3)
-_CPU_RAW = Row("server.http.cpu_of_both_ends.raw", unit="s/GB", better="lower", goal=None, issue=3)
+# The issue's budget was taken from a machine whose raw TCP needs 0.28 s/GB. Where raw TCP alone needs more than the
+# budget, nothing that sends over TCP can keep to it: there, as much as raw TCP and a tenth will do.
+_CPU = Row(
+    "server.http.cpu_of_both_ends",
+    unit="s/GB",
+    better="lower",
+    goal=1.0,
+    issue=3,
+    or_else="server.http.cpu_of_both_ends.raw",
+)
+_CPU_RAW = Row("server.http.cpu_of_both_ends.raw", unit="s/GB", better="lower", goal=1.1, issue=3)
 _CPU_BUDGET = 0.30
 
 

@@ -1,12 +1,15 @@
 """The bench interleaves, sums up with medians, and says in table, JSON and exit code what it found."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 
 from bench import cli, registry
 from bench.measure import Pair, interleaved
 from bench.registry import NotMeasurable, Row, benchmark
+from support.processes import TESTS, Child
 
 FASTER = Row("x.time", unit="s", better="lower", goal=1.3, issue=1)
 MORE = Row("x.rate", unit="GB/s", better="higher", goal=0.85, issue=1)
@@ -160,3 +163,25 @@ def test_a_quick_run_measures_few_rounds_and_what_was_opened_is_closed(rows, tmp
 
     run(tmp_path, "--quick")
     assert seen == [3, 2, "closed"]
+
+
+def test_a_bench_that_is_told_to_end_leaves_nothing_behind():
+    script = """
+import runpy, sys, time
+from bench import registry
+registry.load = lambda: list(registry._benchmarks)
+@registry.benchmark(registry.Row("x", unit="s", better="lower", goal=None, issue=1))
+def forever(run):
+    (run.folder / "file").touch()
+    run.closing.callback(print, "closed", flush=True)
+    print("folder", run.folder, flush=True)
+    time.sleep(60)
+sys.argv[1:] = []
+runpy.run_module("bench", run_name="__main__")
+"""
+    with Child([sys.executable, "-c", script], env={"PYTHONPATH": str(TESTS)}) as bench:
+        folder = Path(bench.wait_for("^folder (.*)$")[1])
+        assert folder.exists()
+        assert bench.stop() == 143
+        assert bench.wait_for("^closed$")
+    assert not folder.exists()
