@@ -12,9 +12,12 @@ import pytest
 import yaml
 
 from modelcache_api import crd
+from modelcache_api.resource import ModelCacheSpec
 from modelcache_operator import rights
+from modelcache_operator.resources import names, server
 from modelcache_operator.settings import Defaults, from_environment
 
+MODEL_CACHE = {"metadata": {"name": "bert", "namespace": "ns", "uid": "u1"}}
 CHART = Path(__file__).parents[3] / "helm/modelcache"
 
 
@@ -180,6 +183,9 @@ def test_the_network_policy_lets_metrics_in_and_what_is_needed_out():
     assert into == {"ports": [{"port": "metrics", "protocol": "TCP"}]}
     out = {port["port"] for rule in policy["spec"]["egress"] for port in rule["ports"]}
     assert out == {53, 443, 6443, 9091}
+    [asked] = [rule for rule in policy["spec"]["egress"] if "to" in rule]
+    for component in (names.FETCH, names.SERVER):
+        assert asked["to"][0]["podSelector"]["matchLabels"].items() <= names.labels("any", component).items()
     scraped = '--set-json=networkPolicy.metricsFrom=[{"namespaceSelector":{}}]'
     [policy] = of_kind(render(scraped), "NetworkPolicy")
     assert policy["spec"]["ingress"][0]["from"] == [{"namespaceSelector": {}}]
@@ -189,7 +195,15 @@ def test_the_network_policy_lets_metrics_in_and_what_is_needed_out():
 def test_monitoring_is_behind_switches():
     assert of_kind(render(), "ServiceMonitor") == []
     objects = render("--set=metrics.serviceMonitor.enabled=true,metrics.dashboard.enabled=true")
-    assert len(of_kind(objects, "ServiceMonitor")) == 2
+    operator, servers = (o["spec"] for o in of_kind(objects, "ServiceMonitor"))
+    [metrics] = of_kind(objects, "Service")
+    assert operator["selector"]["matchLabels"].items() <= metrics["metadata"]["labels"].items()
+    balanced, headless = server.services(MODEL_CACHE, ModelCacheSpec.model_validate({"repoId": "org/name"}))
+    chosen = servers["selector"]["matchLabels"].items()
+    assert chosen <= balanced["metadata"]["labels"].items()
+    assert not chosen <= headless["metadata"]["labels"].items(), "each pod is scraped once"
+    for monitor, service in ((operator, metrics), (servers, balanced)):
+        assert {e["port"] for e in monitor["endpoints"]} <= {port["name"] for port in service["spec"]["ports"]}
     dashboard = objects["ConfigMap", "release-modelcache-dashboard", "system"]
     json.loads(dashboard["data"]["modelcache.json"])
 
