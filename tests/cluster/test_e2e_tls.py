@@ -1,4 +1,4 @@
-"""`server.access.tls` and `fetch.caBundle`: a cache that speaks TLS is the hub of another one, which trusts its authority."""
+"""`access.tls` and `fetch.caBundle`: a cache that speaks TLS is the hub of another one, which trusts its authority."""
 
 import pytest
 
