@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from modelcache import openmp
 from modelcache.deadline import Cancellation, Deadline
 from modelcache.dtypes import torch_dtype, torch_shape
 from modelcache.errors import Cancelled
@@ -229,26 +230,30 @@ class Loader:
                 thread.join()
 
     def _work(self) -> None:
-        while (item := self._next()) is not None:
-            load, run, index = item
-            self._read(load, run, index)
-            del item, load  # A waiting thread must keep no component, and so no model, alive.
+        while self._await_work():
+            with openmp.counted():
+                while (item := self._take()) is not None:
+                    load, run, index = item
+                    self._read(load, run, index)
+                    del item, load  # A waiting thread must keep no component, and so no model, alive.
 
-    def _next(self) -> tuple[Load, Run | None, int] | None:
+    def _await_work(self) -> bool:
+        """Sleeps until there is something to read; False: never again."""
         with self._condition:
-            while True:
-                if self.cancellation.cancelled:
-                    return None
-                while self._queue:
-                    load = self._queue[0][2]
-                    run = load.next_run()
-                    if run is not None:
-                        return load, *run
-                    self._queue.pop(0)
-                    if load.empty and not load.done.is_set():
-                        return load, None, 0
-                    del load
-                self._condition.wait()
+            self._condition.wait_for(lambda: self._queue or self.cancellation.cancelled)
+            return not self.cancellation.cancelled
+
+    def _take(self) -> tuple[Load, Run | None, int] | None:
+        with self._condition:
+            while self._queue and not self.cancellation.cancelled:
+                load = self._queue[0][2]
+                run = load.next_run()
+                if run is not None:
+                    return load, *run
+                self._queue.pop(0)
+                if load.empty and not load.done.is_set():
+                    return load, None, 0
+            return None
 
     def _read(self, load: Load, run: Run | None, index: int) -> None:
         try:

@@ -36,8 +36,8 @@ __all__ = [
 ALIGNMENT: Final = 64
 # A running CRC is known at each of these steps from a tensor's start.
 BLOCK_BYTES: Final = 4 * 2**20
-# Ranges from 16 MiB on run at full speed; smaller ones let two connections share one component.
-RUN_BYTES: Final = 16 * 2**20
+# Each request costs a pause of the wire; what is larger, connections can share.
+RUN_BYTES: Final = 64 * 2**20
 # Reading over a small hole is cheaper than another request.
 GAP_BYTES: Final = 64 * 2**10
 _LEGACY: Final = 3
