@@ -20,7 +20,7 @@ from torch import nn
 from modelcache.dtypes import torch_dtype
 from modelcache.errors import MissingWeights, UnsupportedModel
 from modelcache.plan import Fusion, Layout, Stored, lay_out
-from modelcache.pretrained import without_progress_bar
+from modelcache.pretrained import for_its_architecture, without_progress_bar
 from modelcache.sketch import Expression, Leaf, Sketch, fusion_sources, leaves, sketch
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ def _sketch_model(
     model_args: dict[str, Any],
 ) -> PreTrainedModel:
     state = {tensor.name: sketch(tensor, torch_dtype(tensor)) for tensor in tensors}
-    with _quiet_transformers():
+    with _quiet_transformers(), for_its_architecture(model_class, config):
         loaded: Any = model_class.from_pretrained(
             None, config=config, state_dict=state, output_loading_info=True, **model_args
         )

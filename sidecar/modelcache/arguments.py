@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["check_layer", "check_layers", "check_limits", "check_model_args"]
+__all__ = ["check_connections", "check_layer", "check_layers", "check_limits", "check_model_args"]
 
 _SERVED = "the server has the files, of the revision that its ModelCache names; no hub is asked"
 # Arguments of from_pretrained that would be without effect, and what to do instead.
@@ -42,6 +42,16 @@ def check_limits(cache_size: Any, cache_bytes: Any, prefetch_count: Any) -> None
     if cache_bytes is not None:
         _check_count("cache_bytes", cache_bytes, "must be at least 1, or None for no limit", least=1)
     _check_count("prefetch_count", prefetch_count, "counts layers and cannot be negative", least=0)
+
+
+def check_connections(connections: Any) -> None:
+    """Refuses a number of connections that is no count, or none.
+
+    Raises:
+        TypeError: it is no whole number.
+        ValueError: it is less than 1.
+    """
+    _check_count("connections", connections, "must be at least 1", least=1)
 
 
 def check_model_args(model_args: dict[str, Any], *, streamed: bool) -> None:

@@ -287,6 +287,7 @@ class ComponentCache:
             self.statistics.waited_seconds += waited
             if load.error is not None and self._loads.get(name) is load:
                 del self._loads[name]
+                self.policy.forget(name)
         if load.error is not None:
             raise _surfaced(load.error)
         return load

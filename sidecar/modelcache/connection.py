@@ -346,8 +346,9 @@ def _wait_for_revision(connection: Connection, name: str, deadline: Deadline) ->
         try:
             deadline.pause(_POLL_SECONDS)
         except Unavailable:
+            why = str(problem).rstrip(". ")
             raise NotReady(
-                f"{name or 'The model'} was not ready at {where} after {deadline.seconds:g} s: {problem} "
+                f"{name or 'The model'} was not ready at {where} after {deadline.seconds:g} s: {why}. "
                 f"`kubectl describe modelcache {name}` says why; `modelcache up -f …` serves it on this machine."
             ) from problem
 

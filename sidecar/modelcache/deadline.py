@@ -82,7 +82,7 @@ class Deadline:
             raise Cancelled("The model was cleaned up while it was reading; create it anew to go on.")
         left = self._at - time.monotonic()
         if left <= 0:
-            why = f" Last: {self._last_error}" if self._last_error else ""
+            why = f" Last: {self._last_error.rstrip('. ')}." if self._last_error else ""
             raise Unavailable(
                 f"No weight server delivered within {self.seconds:g} s.{why} Check that it runs and can be reached; "
                 "what was already read is kept, so the call can be repeated."

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from modelcache.connection import PinnedSnapshot
     from modelcache.deadline import Cancellation
 
-__all__ = ["Pretrained", "load_pretrained", "without_progress_bar"]
+__all__ = ["Pretrained", "for_its_architecture", "load_pretrained", "without_progress_bar"]
 
 _SMALL_FILES = ("config.json", "generation_config.json")
 # Arguments of from_pretrained that are no attributes of a config.
@@ -121,6 +121,20 @@ def without_progress_bar() -> Iterator[None]:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
+@contextlib.contextmanager
+def for_its_architecture(model_class: type[PreTrainedModel], config: PretrainedConfig) -> Iterator[None]:
+    """Says that a class is another architecture's, where building it from the snapshot's config fails meanwhile."""
+    try:
+        yield
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(config, model_class.config_class or object):
+            raise
+        raise UnsupportedModel(
+            f"{model_class.__name__} cannot be built from the snapshot's config, which is a {config.model_type!r}: "
+            f"{error} Use a class of that architecture, or an Auto class."
+        ) from error
+
+
 def _check_config(content: bytes) -> None:
     config = json.loads(content)
     if config.get("quantization_config"):
@@ -147,7 +161,10 @@ def _concrete_class(auto_class: str | type, config: PretrainedConfig) -> type[Pr
 
     found: Any = getattr(transformers, auto_class, None) if isinstance(auto_class, str) else auto_class
     if found is None:
-        raise UnsupportedModel(f"The installed transformers has no class {auto_class!r}.")
+        raise UnsupportedModel(
+            f"The installed transformers has no class {auto_class!r}. Write one such as 'AutoModel'; "
+            "from_pretrained() takes it before the model's name."
+        )
     mapping = getattr(found, "_model_mapping", None)
     if mapping is None:
         if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):

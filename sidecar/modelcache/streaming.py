@@ -14,7 +14,7 @@ import torch
 from modelcache.arguments import check_layer, check_layers, check_limits, check_model_args
 from modelcache.connection import connect
 from modelcache.deadline import Deadline
-from modelcache.errors import Cancelled
+from modelcache.errors import Cancelled, UnsupportedModel
 from modelcache.session import Session, Wanted, open_session
 
 if TYPE_CHECKING:
@@ -181,7 +181,15 @@ class StreamingModel:
         """Generates tokens as the transformers model does; each token runs, and so may stream, the whole model.
 
         ``get_inference_stats()["bytes_per_token"]`` says afterwards what a token costs.
+
+        Raises:
+            UnsupportedModel: the model's class cannot generate.
         """
+        if not self.model.can_generate():
+            raise UnsupportedModel(
+                f"{type(self.model).__name__} cannot generate: use a class that can, such as "
+                'auto_class="AutoModelForCausalLM".'
+            )
         cache = self._session.cache
         if not self._warned and not cache.keeps_all():
             self._warned = True
@@ -358,11 +366,10 @@ class StreamingModel:
         cache = self._session.cache
         used, _ = cache.contents()
         limit = "all" if self._wanted.max_layers is None else self._wanted.max_layers
-        here = f"{len(used)} of {len(cache.blocks)} layers here (cache_size {limit})"
-        return (
-            f"<{type(self).__name__} {self.model_name!r} {type(self.model).__name__} {self.digest[:12]}: "
-            f"{here}, {cache.held_bytes() / 2**20:.0f} MiB>"
-        )
+        here = f"{len(used)} of {len(cache.blocks)} layers here (cache_size {limit}), "
+        here += f"{cache.held_bytes() / 2**20:.0f} MiB"
+        state = here if self._finalizer.alive else "cleaned up"
+        return f"<{type(self).__name__} {self.model_name!r} {type(self.model).__name__} {self.digest[:12]}: {state}>"
 
     def _call_reading_ahead(self, count: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self._session.cache.reading_ahead(count):
@@ -401,3 +408,6 @@ class _Done:
 
     def __await__(self) -> Generator[Any, None, None]:
         yield from ()
+
+    def __repr__(self) -> str:
+        return "<done>"  # What a notebook shows for a cell that ends with cleanup().

@@ -18,15 +18,15 @@ from crc32c import crc32c
 
 from modelcache.errors import IntegrityError
 from modelcache.lane import CorruptAtServer, LaneBroken
-from modelcache.plan import BLOCK_BYTES
+from modelcache.plan import BLOCK_BYTES, Piece, coalesce
 from modelcache_volume import Volume, VolumeError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Mapping
 
     from modelcache.connection import PinnedSnapshot
     from modelcache.deadline import Deadline
-    from modelcache.plan import Stored
+    from modelcache.plan import Run, Stored
     from modelcache_volume import Snapshot
     from modelcache_volume.v1.manifest_pb2 import File
 
@@ -35,8 +35,8 @@ __all__ = ["VOLUME_VARIABLE", "VolumeSource", "local_volume"]
 logger = logging.getLogger("modelcache")
 
 VOLUME_VARIABLE: Final = "MODELCACHE_VOLUME"
-# What one core checks at once: a multiple of the steps at which a running CRC is known.
-_PART_BYTES: Final = 4 * BLOCK_BYTES
+# What one core checks at once.
+_CHECK_BYTES: Final = 4 * BLOCK_BYTES
 _POPULATE_READ: Final = 22  # MADV_POPULATE_READ, Linux 5.14; Python 3.11 has no name for it.
 # Other file systems, and those that cannot copy by themselves.
 _NOT_WITHIN: Final = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
@@ -132,28 +132,28 @@ class VolumeSource:
         Raises:
             IntegrityError: one differs from what was published.
         """
-        return sum(self.check_part((tensor, 0, tensor.length)) for tensor in tensors if tensor.length)
+        return sum(self.check_run(run) for run in self.runs(tensors))
 
-    def parts(self, tensor: Stored) -> Iterator[tuple[Stored, int, int]]:
-        """A tensor's bytes in pieces that can be checked apart: tensor, first byte, one past the last."""
-        for begin in range(0, tensor.length, _PART_BYTES):
-            yield tensor, begin, min(begin + _PART_BYTES, tensor.length)
+    def runs(self, tensors: Iterable[Stored]) -> tuple[Run, ...]:
+        """Tensors in stretches of the files that can be checked apart."""
+        pieces = (Piece(tensor, 0, tensor.length, 0) for tensor in tensors if tensor.length)
+        return coalesce(pieces, run_bytes=_CHECK_BYTES)
 
-    def check_part(self, part: tuple[Stored, int, int]) -> int:
-        """As ``check``, for a piece; returns its bytes."""
-        tensor, begin, end = part
-        first, last = tensor.offset + begin, tensor.offset + end
-        self._populate(tensor.path, first, last)
-        known = tensor.crc[begin // BLOCK_BYTES - 1] if begin else 0
-        with memoryview(self.map(tensor.path)) as view, view[first:last] as data:
-            if crc32c(data, known) != tensor.crc[(end - 1) // BLOCK_BYTES]:
-                raise IntegrityError(
-                    f"Tensor {tensor.name!r} of {tensor.path} differs from what was published: the volume is "
-                    "damaged. Run `modelcache fetch --verify` on it.",
-                    path=tensor.path,
-                    tensor=tensor.name,
-                )
-        return end - begin
+    def check_run(self, run: Run) -> int:
+        """As ``check``, for a stretch."""
+        self._populate(run.path, run.offset, run.offset + run.length)
+        with memoryview(self.map(run.path)) as view:
+            for piece in run.pieces:
+                tensor, known = piece.tensor, piece.tensor.crc[piece.begin // BLOCK_BYTES - 1] if piece.begin else 0
+                with view[piece.offset : tensor.offset + piece.end] as data:
+                    if crc32c(data, known) != tensor.crc[(piece.end - 1) // BLOCK_BYTES]:
+                        raise IntegrityError(
+                            f"Tensor {tensor.name!r} of {tensor.path} differs from what was published: the volume is "
+                            "damaged. Run `modelcache fetch --verify` on it.",
+                            path=tensor.path,
+                            tensor=tensor.name,
+                        )
+        return sum(piece.end - piece.begin for piece in run.pieces)
 
     def _populate(self, path: str, first: int, last: int) -> None:
         """Maps all pages of a range in one system call; one fault for each few pages costs more than reading them."""

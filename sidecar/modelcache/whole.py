@@ -10,11 +10,11 @@ import torch
 from tqdm.auto import tqdm
 
 from modelcache.architecture import Binding, Component
-from modelcache.arguments import check_model_args
+from modelcache.arguments import check_connections, check_model_args
 from modelcache.connection import connect
-from modelcache.loader import Load, Loader, default_workers, tensor_at
+from modelcache.loader import Load, Loader, tensor_at
 from modelcache.plan import BLOCK_BYTES, lay_out, select_tensors
-from modelcache.pretrained import load_pretrained, without_progress_bar
+from modelcache.pretrained import for_its_architecture, load_pretrained, without_progress_bar
 from modelcache.process import pool
 from modelcache.reader import SMALL_STEP_BYTES
 from modelcache.sketch import Leaf
@@ -33,6 +33,8 @@ __all__ = ["from_pretrained", "load_state_dict"]
 
 # Memory is given back in pieces of about this size, once no tensor of a piece is left.
 _CHUNK_BYTES = 64 * 2**20
+# Nothing computes meanwhile, so the cores are free for more than one.
+_CONNECTIONS = 2
 # Comparing checksums is bound by memory from a few cores on.
 _CHECKERS = 4
 # What would stand in modules while a tensor is not loaded: a whole load has no modules.
@@ -48,7 +50,7 @@ def load_state_dict(
     subfolder: str = "",
     variant: str = "",
     progress: bool | None = None,
-    connections: int | None = None,
+    connections: int = _CONNECTIONS,
     verify: bool = True,
     wait_timeout: float = 600.0,
     timeout: float = 120.0,
@@ -63,8 +65,7 @@ def load_state_dict(
         subfolder: of the weights in the repo.
         variant: of the weights (``fp16``).
         progress: whether to show a progress bar; None: only on a terminal.
-        connections: how many read at once; None: two, or one where there are two cores or fewer: a connection keeps one
-            busy with receiving and checking.
+        connections: how many read at once; each keeps a core busy with receiving and checking.
         verify: False: a volume of this machine that is mapped is trusted, and read only as far as tensors are used.
             What comes over the wire is checked in any case.
         wait_timeout: seconds to wait for a server that is not ready yet.
@@ -77,7 +78,9 @@ def load_state_dict(
         FileNotInSnapshot: there are no weights.
         IntegrityError: a tensor differs from what was published.
         Unavailable: no server delivered in time.
+        TypeError, ValueError: ``connections`` is no whole number, or less than 1.
     """
+    check_connections(connections)
     with connect(name, address=address, token_file=token_file, ca_file=ca_file, wait_timeout=wait_timeout) as pinned:
         where = {"subfolder": subfolder, "variant": variant}
         bar = _bar(name, progress)
@@ -126,7 +129,7 @@ def from_pretrained(
         pretrained = load_pretrained(pinned, auto_class, model_args, subfolder=subfolder, timeout=timeout)
         where = {"subfolder": subfolder, "variant": variant}
         state = _load(pinned, where, name, _bar(name, progress), timeout=timeout)
-    with without_progress_bar():
+    with without_progress_bar(), for_its_architecture(pretrained.model_class, pretrained.config):
         model: PreTrainedModel = pretrained.model_class.from_pretrained(
             None, config=pretrained.config, state_dict=state, **pretrained.model_args
         )
@@ -146,7 +149,7 @@ def _load(
     name: str,
     bar: tqdm[NoReturn],
     *,
-    connections: int | None = None,
+    connections: int = _CONNECTIONS,
     verify: bool = True,
     timeout: float,
 ) -> dict[str, torch.Tensor]:
@@ -155,9 +158,8 @@ def _load(
     if volume is not None and all(tensor.can_be_mapped for tensor in tensors):
         return _map(volume, tensors, bar, verify=verify)
     source = volume or pinned
-    workers = connections or default_workers()
-    step = SMALL_STEP_BYTES if workers == 1 else BLOCK_BYTES
-    loader = Loader(pool, workers=workers, name=f"modelcache-load-{name}", step_bytes=step)
+    step = SMALL_STEP_BYTES if connections == 1 else BLOCK_BYTES
+    loader = Loader(pool, workers=connections, name=f"modelcache-load-{name}", step_bytes=step)
     begun: list[tuple[Component, Load]] = []
     found: dict[str, torch.Tensor] = {}
     try:
@@ -181,14 +183,13 @@ def _load(
 
 
 def _map(volume: VolumeSource, tensors: list[Stored], bar: tqdm[NoReturn], *, verify: bool) -> dict[str, torch.Tensor]:
-    """Tensors over the mapped files, checked first by all cores, the largest first so that none is left over."""
+    """Tensors over the mapped files, checked first by all cores."""
     with bar:
         if verify:
-            unique = {tensor.place: tensor for tensor in tensors if tensor.length}.values()
+            unique = {tensor.place: tensor for tensor in tensors}.values()
             bar.reset(total=sum(tensor.length for tensor in unique))
-            shares = [part for tensor in unique for part in volume.parts(tensor)]
             with ThreadPoolExecutor(min(_CHECKERS, len(os.sched_getaffinity(0))), "modelcache-check") as threads:
-                for nbytes in threads.map(volume.check_part, shares):
+                for nbytes in threads.map(volume.check_run, volume.runs(unique)):
                     bar.update(nbytes)
     return {tensor.name: tensor_at(tensor, volume.map(tensor.path), tensor.offset) for tensor in tensors}
 

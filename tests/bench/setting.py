@@ -53,6 +53,12 @@ class ServedBert:
         return self.folder / "model.safetensors"
 
     @property
+    def published(self) -> Path:
+        """The same file on the server's volume."""
+        (found,) = (self.run.folder / "volume").glob("hub/*/snapshots/*/model.safetensors")
+        return found
+
+    @property
     def size(self) -> int:
         """The weight file's size in bytes."""
         return self.weights.stat().st_size

@@ -6,7 +6,8 @@ asked sleeps in a read of its stdin and costs nothing.
 
 import json
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -18,8 +19,8 @@ _TIMEOUT_SECONDS = 120
 class Worker:
     """The bench's end: starts `python -m bench.workers.NAME ARGUMENTS…`; ends it on leaving the context."""
 
-    def __init__(self, name: str, *arguments: str | Path):
-        self._child = Child.module(f"bench.workers.{name}", *arguments)
+    def __init__(self, name: str, *arguments: str | Path, env: Mapping[str, str] | None = None):
+        self._child = Child.module(f"bench.workers.{name}", *arguments, env=env)
 
     def __enter__(self) -> Self:
         self._child.__enter__()
@@ -31,8 +32,26 @@ class Worker:
 
     def measure(self) -> float:
         """Have it measure once; the value."""
+        self.start()
+        return self.finish()
+
+    def start(self) -> None:
+        """Have it begin to measure."""
         self._child.send("measure")
+
+    def finish(self) -> float:
+        """Wait for the value."""
         return float(json.loads(self._child.wait_for(r"^value (.*)$", _TIMEOUT_SECONDS)[1]))
+
+
+def together(*workers: Worker) -> float:
+    """Seconds until each has measured once, all at the same time."""
+    started = time.perf_counter()
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.finish()
+    return time.perf_counter() - started
 
 
 def answer(measure: Callable[[], float]) -> None:

@@ -101,8 +101,9 @@ def test_a_server_that_stays_away_is_one_clear_error_within_the_deadline(folder)
         model(IDS)
         server.stop()
         model.clear_cache()
-        with pytest.raises(Unavailable, match=r"within 1 s"):
+        with pytest.raises(Unavailable, match=r"within 1 s\. Last: .*[^.]\. Check that it runs"):
             model(IDS)
+        assert model.get_cache_info()["cached_components"] == []
 
 
 def test_another_replica_takes_over_in_the_middle_of_a_layer(folder):

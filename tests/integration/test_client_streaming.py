@@ -472,6 +472,18 @@ def test_repr_says_what_is_here(serve):
         model(tokens())
         assert repr(model).startswith("<StreamingBertModel 'bert-tiny' BertModel ")
         assert "2 of 4 layers here (cache_size 2)" in repr(model)
+        assert repr(model.cleanup()) == "<done>"
+    assert repr(model).endswith(": cleaned up>")
+
+
+def test_a_model_without_a_language_head_says_that_it_cannot_generate(serve, caplog):
+    says = re.escape('BertModel cannot generate: use a class that can, such as auto_class="AutoModelForCausalLM".')
+    with (
+        StreamingBertModel("x", 2, address=serve().address) as model,
+        pytest.raises(UnsupportedModel, match=says),
+    ):
+        model.generate(tokens())
+    assert "of them again" not in caplog.text
 
 
 def test_models_share_one_memory_budget(serve):

@@ -69,6 +69,14 @@ def test_every_dtype_of_safetensors_loads(tmp_path, monkeypatch, volume):
         assert torch.equal(state[name].view(-1).view(torch.uint8), value.view(-1).view(torch.uint8)), name
 
 
+@pytest.mark.parametrize(
+    ("connections", "error"), [(0, ValueError), ("2", TypeError), (True, TypeError), (None, TypeError)]
+)
+def test_a_number_of_connections_that_makes_no_sense_is_refused(connections, error):
+    with pytest.raises(error, match=f"connections must be at least 1; it was given {connections!r}"):
+        modelcache.load_state_dict("x", address="127.0.0.1:1", connections=connections)
+
+
 def test_a_loaded_model_is_the_one_of_from_pretrained_and_can_be_trained(server, folder):
     ids = torch.arange(12).view(1, 12)
     model = modelcache.from_pretrained("AutoModel", "x", address=server.address)
@@ -129,7 +137,12 @@ def test_tensors_at_odd_offsets_of_an_old_checkpoint_are_equal_from_volume_and_w
     torch.manual_seed(0)
     plain = BertModel(BertConfig(**TINY)).eval()
     (model / "config.json").write_text(plain.config.to_json_string())
-    torch.save(plain.state_dict(), model / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    state, padding = plain.state_dict(), ""
+    # What comes before the tensors holds addresses of this process, in decimals: it is as long as it happens to be.
+    while not padding or (model / "pytorch_model.bin").stat().st_size % 4 == 0:
+        padding += "x"
+        state._metadata["padding"] = padding
+        torch.save(state, model / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     fetch_folder(model, tmp_path / "volume", "bert")
     (snapshot,) = Volume.open(tmp_path / "volume").snapshots()
     assert any(tensor.offset % 4 for tensor in snapshot.manifest.tensors)
@@ -217,6 +230,12 @@ def test_a_class_for_another_architecture_is_refused(server):
         modelcache.StreamingModel("x", "AutoModelForSpeechSeq2Seq", address=server.address)
     with pytest.raises(UnsupportedModel, match="no class 'BertForNothing'"):
         modelcache.StreamingModel("x", "BertForNothing", address=server.address)
+    for load in (
+        modelcache.StreamingModel,
+        lambda name, kind, **where: modelcache.from_pretrained(kind, name, **where),
+    ):
+        with pytest.raises(UnsupportedModel, match=r"LlamaForCausalLM cannot be built from .* a 'bert': .*Auto class"):
+            load("x", "LlamaForCausalLM", address=server.address)
 
 
 def test_a_masked_language_model_loads_with_its_tied_head(tmp_path):

@@ -1,8 +1,9 @@
 """Forward passes of a BERT: WHAT BATCH TOKENS THREADS SIDE WHERE.
 
 WHAT is first (make the model, run it once), cold (the same in memory never touched before), steady3 (run one that keeps
-3 layers), steady (one that keeps all), transfer (only read all weights) or bytes (received in a pass with 3 layers, by
-those of all layers). SIDE is stream (WHERE is an address) or plain (a folder).
+3 layers), steady (one that keeps all), transfer (only read all weights, over as many connections as THREADS says) or
+bytes (received in a pass with 3 layers, by those of all layers). SIDE is stream (WHERE is an address) or plain (WHERE
+is a folder).
 """
 
 import sys
@@ -42,7 +43,7 @@ def first(load, tokens: torch.Tensor) -> float:
 def main() -> None:
     what, batch, length, threads, side, where = sys.argv[1:]
     torch.set_num_threads(int(threads))
-    tokens = (torch.arange(int(length)) + 1000).expand(int(batch), -1)
+    tokens = torch.arange(int(length)).expand(int(batch), -1)
     cache_size = 3 if what in {"steady3", "bytes"} else None
     process.pool.keep_bytes = 0 if what == "cold" else 2**32
 
@@ -54,7 +55,8 @@ def main() -> None:
     if what in {"first", "cold"}:
         answer(lambda: first(load, tokens))
     elif what == "transfer":
-        answer(lambda: seconds(lambda: modelcache.load_state_dict("bench", address=where, progress=False)))
+        options = {"address": where, "connections": int(threads), "progress": False}
+        answer(lambda: seconds(lambda: modelcache.load_state_dict("bench", **options)))
     else:
         model = load()
         model(tokens)

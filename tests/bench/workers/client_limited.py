@@ -1,8 +1,8 @@
 """Seconds of a BERT's forward pass under a memory limit: PROCESSES SIDE WHERE TOKENS.
 
-PROCESSES is the file by which a cgroup is entered before anything large is imported, or -. SIDE is stream (keeping one
-layer; WHERE is an address), plain, mmap (both transformers over a mapped file; WHERE is a folder) or disk (accelerate,
-all layers on disk). The first pass is not measured; of three more, the median is the value.
+PROCESSES is the file by which a cgroup is entered before anything large is imported. SIDE is stream (keeping one layer;
+WHERE is an address), mmap (transformers over a mapped file; WHERE is a folder) or disk (accelerate, all layers on
+disk). The first pass is not measured; of three more, the median is the value.
 """
 
 import statistics
@@ -29,8 +29,7 @@ def load(side: str, where: str, offload_folder: str):
 
 def main() -> None:
     processes, side, where, count = sys.argv[1:]
-    if processes != "-":
-        Path(processes).write_text("0")
+    Path(processes).write_text("0")
     import torch
 
     tokens = torch.arange(int(count)).reshape(1, -1)
