@@ -88,7 +88,7 @@ def serve_until_stopped(arguments: argparse.Namespace, settings: "ServerSettings
         raise CommandError(Reason.PORT_IN_USE, str(error)) from error
     try:
         _wait_until_ready(server)
-        reached = _reached_at(arguments.host, addresses)
+        reached = _reached_at(arguments.host, addresses, tls=settings.tls is not None)
         with _ready_file(arguments.ready_file, {"name": name, "volume": str(settings.root), **reached}):
             _announce(name, reached, server.hub_repo_id)
             received = _wait_for_signal()
@@ -128,13 +128,13 @@ def _wait_for_signal() -> int:
     return received
 
 
-def _reached_at(host: str, addresses: "Addresses") -> dict[str, str]:
+def _reached_at(host: str, addresses: "Addresses", *, tls: bool) -> dict[str, str]:
     """The addresses as a client on this machine writes them."""
     client_host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared, not bound
     place = f"[{client_host}]" if ":" in client_host else client_host
     return {
-        "grpc": f"{place}:{addresses.grpc}",
-        "http": f"http://{place}:{addresses.http}",
+        "grpc": f"{'grpcs://' if tls else ''}{place}:{addresses.grpc}",
+        "http": f"{'https' if tls else 'http'}://{place}:{addresses.http}",
         "metrics": f"http://{place}:{addresses.status}",
     }
 

@@ -288,7 +288,9 @@ def test_serve_takes_what_the_server_takes(tmp_path, manifest, root):
         "--log-level", "info", "--log-format", "json",
     )  # fmt: skip
     with serving("serve", "--volume", root, *options, ready=tmp_path / "ready.json") as (child, addresses):
-        port = addresses["http"].rpartition(":")[2]
+        assert addresses["grpc"].startswith("grpcs://127.0.0.1:")
+        scheme, _, port = addresses["http"].rpartition(":")
+        assert scheme == "https://127.0.0.1"
         context = ssl.create_default_context(cafile=str(chain))
         path = f"/v1/snapshots/{Volume.open(root).active('small').digest}/README.md"
         for token, status in ((issuer.token(seconds=60), 200), ("wrong", 401)):

@@ -383,11 +383,13 @@ def test_a_truncated_or_missing_blob_is_corrupt_and_nothing_is_sent(tmp_path):
             assert (answer.status, answer.headers["x-error-code"]) == (500, "CorruptBlob")
 
 
-def test_a_repaired_blob_is_served_without_a_restart(tmp_path):
+@pytest.mark.parametrize("damage", [lambda blob: flip_bit(blob, 3), lambda blob: os.truncate(blob, MIB)])
+def test_a_repaired_blob_is_served_without_a_restart(tmp_path, damage):
     volume, snapshot = make_volume(tmp_path / "volume", {"a.bin": BIG})
     blob = snapshot.blob_path(snapshot.file("a.bin"))
-    flip_bit(blob, 3)
     with running(volume.root, warmup_bytes=0) as server:
+        assert server.file(snapshot.digest, "a.bin", Range="bytes=-1").body == BIG[-1:]  # the blob is open from now on
+        damage(blob)
         assert server.file(snapshot.digest, "a.bin").status == 500
         repaired = blob.with_name("repaired")
         repaired.write_bytes(BIG)

@@ -105,7 +105,7 @@ class TokenVerifier:
             raise _unauthenticated(f"the token is not for the audience {self._settings.audience!a}") from None
         except jwt.InvalidIssuerError:
             raise _unauthenticated("the token is from another issuer") from None
-        except (jwt.PyJWTError, ValueError, TypeError) as error:
+        except (jwt.PyJWTError, ValueError, TypeError, OverflowError) as error:
             raise _unauthenticated(f"the token is not valid ({type(error).__name__})") from None
 
     def _authorize(self, subject: str) -> None:

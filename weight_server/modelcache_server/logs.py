@@ -6,6 +6,7 @@ import logging
 import sys
 import threading
 import time
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any, Literal, TextIO
 
@@ -87,7 +88,8 @@ class _BatchedHandler(logging.Handler):
                     lines.append(self._waiting.get_nowait())
             except Empty:
                 pass
-            if lines:
+            # A full disk or a reader that is gone must not end the thread that had something to say.
+            with suppress(OSError):
                 self._stream.write("".join(lines))
                 self._stream.flush()
 

@@ -114,31 +114,28 @@ class BlobStore:
         if self._observe is not None:
             self._observe(tier, time.perf_counter() - start, size)
 
-    def _read(self, file: ServedFile, offset: int, view: memoryview, *, drop_behind: bool) -> None:
+    def _read(self, file: ServedFile, offset: int, view: memoryview, *, drop_behind: bool) -> bool:
+        """Fill `view`; False if the blob ends before."""
         blob = self._borrow(file)
         try:
             done = 0
             while done < len(view):
                 got = os.preadv(blob.fd, [view[done:]], offset + done)
                 if not got:
-                    raise CorruptBlob(
-                        f"{file.path} ends after {offset + done} of {file.size} bytes on the volume. "
-                        "`modelcache fetch --verify` mends it.",
-                        path=file.path,
-                        sha256=file.sha256.hex(),
-                    )
+                    return False
                 done += got
             if drop_behind:
                 # The block is in the arena now; the kernel need not hold it too.
                 os.posix_fadvise(blob.fd, offset, len(view), os.POSIX_FADV_DONTNEED)
+            return True
         finally:
             self._give_back(file, blob)
 
     def _read_verified(self, file: ServedFile, block: int, crc: int, view: memoryview, *, drop_behind: bool) -> None:
         # A repaired blob is a new file under the old name, and the old one may still be open here: hence twice.
         for _ in range(2):
-            self._read(file, block * BLOCK_BYTES, view, drop_behind=drop_behind)
-            if crc32c.crc32c(view) == crc:
+            whole = self._read(file, block * BLOCK_BYTES, view, drop_behind=drop_behind)
+            if whole and crc32c.crc32c(view) == crc:
                 return
             self._forget(file)
         raise CorruptBlob(

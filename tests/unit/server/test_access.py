@@ -66,6 +66,7 @@ def test_subjects_that_are_no_service_accounts_are_denied(verifier, issuer, subj
         {"sub": None},
         {"exp": None},
         {"exp": "tomorrow"},
+        {"exp": 10**400},
         {"exp": int(time.time()) - 60},
         {"nbf": int(time.time()) + 600},
     ],

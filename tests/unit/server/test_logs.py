@@ -57,3 +57,20 @@ def test_nothing_is_lost_at_the_end_of_the_program():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert [int(json.loads(line)["message"]) for line in done.stderr.splitlines()] == list(range(25000))
+
+
+def test_a_reader_of_the_log_that_is_gone_takes_nobody_with_it():
+    script = (
+        "import logging, threading; from modelcache_server import logs; logs.configure('info', 'json')\n"
+        "log = logging.getLogger('x'); input()\n"
+        "log.warning('told to nobody')\n"  # before: BrokenPipeError, in whatever thread had to say something
+        "for n in range(25000): log.info('%d', n)\n"
+        "print('log' in {thread.name for thread in threading.enumerate()})\n"
+    )
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
+        child.stderr.close()
+        out, _ = child.communicate("go\n", timeout=60)
+    assert out == "True\n"
