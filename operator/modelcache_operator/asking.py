@@ -1,6 +1,7 @@
 """Small questions to pods over HTTP: a running fetch's progress, and what a server announces. No answer is no harm."""
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,6 +13,8 @@ from modelcache_operator.resources.names import Object
 
 STATUS_PORT = 9091
 LONGEST_ANSWER_BYTES = 64 * 1024
+NO_ANSWER = ""
+"""In place of the digest of a server that did not answer in time: it may announce anything."""
 
 
 class Pods:
@@ -36,17 +39,25 @@ class Pods:
         """What the running fetch among these pods says about its progress; None without an answer."""
         for pod in pods:
             if _component(pod) == names.FETCH and _is_running(pod):
-                return await self._get(pod, "/progress")
+                with contextlib.suppress(TimeoutError):
+                    return await self._get(pod, "/progress")
         return None
 
     async def announced(self, pods: Iterable[Object]) -> frozenset[str] | None:
-        """Digests that ready servers announce; None if none of them answers."""
+        """Digests that ready servers announce, NO_ANSWER for who is too slow; None if there is nobody to answer."""
         asked = [pod for pod in pods if _component(pod) == names.SERVER and _is_ready(pod)]
-        answers = await asyncio.gather(*(self._get(pod, "/active") for pod in asked))
-        digests = {str(answer["digest"]) for answer in answers if answer is not None and answer.get("digest")}
-        return frozenset(digests) or None
+        digests = await asyncio.gather(*map(self._announced_by, asked))
+        return frozenset(digest for digest in digests if digest is not None) or None
+
+    async def _announced_by(self, pod: Object) -> str | None:
+        try:
+            answer = await self._get(pod, "/active")
+        except TimeoutError:
+            return NO_ANSWER
+        return str(answer["digest"]) if answer is not None and answer.get("digest") else None
 
     async def _get(self, pod: Object, path: str) -> Mapping[str, Any] | None:
+        """The answer; None if nobody listens or says something else. Raises TimeoutError."""
         address = str(pod["status"]["podIP"])
         host = f"[{address}]" if ":" in address else address
         if self._session is None:
@@ -55,7 +66,9 @@ class Pods:
             async with self._session.get(f"http://{host}:{self._port}{path}", allow_redirects=False) as response:
                 body = await response.content.read(LONGEST_ANSWER_BYTES)
                 decoded = json.loads(body) if response.status == 200 else None
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
+        except TimeoutError:
+            raise
+        except (aiohttp.ClientError, OSError, ValueError):
             return None
         return decoded if isinstance(decoded, dict) else None
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from modelcache_api.resource import ModelCacheSpec
+from modelcache_operator.clock import parse_time
 from modelcache_operator.resources import names
 from modelcache_operator.resources.names import Object
 from modelcache_operator.resources.server import TokenKeys
@@ -52,7 +53,8 @@ class Observed:
         refusals: What the API server would not take a moment ago, by (kind, name).
         keys: For access mode Token.
         progress: What the fetch pod answered.
-        announced: Digests that the ready servers announce; None: not asked, or no answer.
+        announced: Digests that the ready servers of before the last fetch announce, `asking.NO_ANSWER` for who is too
+            slow; None: not asked, or nobody there.
     """
 
     cr: Object
@@ -107,6 +109,12 @@ class Observed:
     def condition(self, type_: str) -> Mapping[str, Any]:
         """A condition that was written last."""
         return next((c for c in self.status.get("conditions") or [] if c.get("type") == type_), {})
+
+    @property
+    def fetched_at(self) -> float:
+        """When what the spec asks for was found fetched, in seconds since the epoch; now, if that is not written yet."""
+        fetched = self.condition("Fetched")
+        return parse_time(fetched.get("lastTransitionTime")) if fetched.get("status") == "True" else self.now
 
     def owns(self, child: Object) -> bool:
         """Whether a child was made for this very ModelCache."""

@@ -95,7 +95,10 @@ class Reader:
             if progress is not None:
                 self._asked[key] = time.monotonic()
         if pods and observed.condition("UpToDate").get("status") != "True":
-            announced = await self._pods.announced(pods)
+            # who started after the fetch can announce nothing else
+            fetched = observed.fetched_at
+            older = [pod for pod in pods if parse_time(pod["metadata"].get("creationTimestamp")) < fetched]
+            announced = await self._pods.announced(older)
         values = vars(observed) | {
             "pods": pods,
             "pods_were_read": is_in_motion,

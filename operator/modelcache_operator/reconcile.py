@@ -12,6 +12,7 @@ from typing import Any
 from modelcache_api.quantities import format_bytes
 from modelcache_operator import attempts, conditions
 from modelcache_operator.actions import Actions, Note
+from modelcache_operator.asking import NO_ANSWER, STATUS_PORT
 from modelcache_operator.clock import format_time
 from modelcache_operator.conditions import READY, UP_TO_DATE, Condition
 from modelcache_operator.fetching import Active, Fetched, fetch, retry_is_due
@@ -22,6 +23,9 @@ from modelcache_operator.resources.names import Object
 from modelcache_operator.serving import Served, serve
 from modelcache_operator.settings import Settings
 from modelcache_operator.storing import Stored, store
+
+SILENT_SECONDS = 60.0
+"""How long after a fetch servers that do not answer are waited for."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +86,26 @@ def _up_to_date(observed: Observed, actions: Actions, planned: Planned, fetched:
     active = fetched.active
     if active is None:
         raise AssertionError("Fetched is True although nothing is active")
-    behind = (observed.announced or frozenset()) - {active.digest}
-    if served.is_wanted and behind:
-        actions.look_again(1)
-        return Condition(UP_TO_DATE, "False", "Announcing", "Servers are warming up the new revision.")
+    if served.is_wanted and (announcing := _announcing(observed, actions, active.digest)) is not None:
+        return announcing
     what = f" ({active.requested})" if active.requested else ""
     return Condition(UP_TO_DATE, "True", "UpToDate", f"Revision {active.commit}{what} is what the spec asks for.")
+
+
+def _announcing(observed: Observed, actions: Actions, digest: str) -> Condition | None:
+    """What servers do not announce yet."""
+    announced = observed.announced or frozenset()
+    if announced - {digest, NO_ANSWER}:
+        actions.look_again(1)
+        return Condition(UP_TO_DATE, "False", "Announcing", "Servers are warming up the new revision.")
+    if NO_ANSWER not in announced:
+        return None
+    text = f"Whether all servers serve it already is not known: one does not answer on its port {STATUS_PORT}"
+    if observed.now < observed.fetched_at + SILENT_SECONDS:
+        actions.look_again(2)
+        return Condition(UP_TO_DATE, "False", "Announcing", f"{text} in time.")
+    actions.notes.append(Note("NoAnswer", f"{text}; let the operator reach it (NetworkPolicy).", warning=True))
+    return None
 
 
 def _ready(fetched: Fetched, served: Served, up_to_date: Condition) -> Condition:

@@ -1,10 +1,11 @@
 """The operator asks pods on their status port: with the real server and the real progress of a fetch."""
 
 import asyncio
+import socket
 
 from modelcache_fetcher.progress import Progress
 from modelcache_fetcher.progress_server import ProgressServer
-from modelcache_operator.asking import Pods
+from modelcache_operator.asking import NO_ANSWER, Pods
 from modelcache_operator.resources.names import COMPONENT_LABEL
 from modelcache_server import Server, ServerSettings
 from support.server_volume import HOST, MIB, make_volume, random_bytes, wait_until
@@ -17,9 +18,9 @@ def pod(component):
     }
 
 
-def ask(port, question, *pods):
+def ask(port, question, *pods, timeout=5.0):
     async def asking():
-        asked = Pods(timeout=5.0, port=port)
+        asked = Pods(timeout=timeout, port=port)
         try:
             return await getattr(asked, question)(pods)
         finally:
@@ -43,6 +44,14 @@ def test_servers_tell_the_digest_that_they_announce_and_the_next_one_after_a_cha
     finally:
         server.stop(0)
     assert ask(port, "announced", pod("server")) is None, "no answer is no harm"
+
+
+def test_a_server_that_does_not_answer_in_time_is_not_taken_for_one_that_is_not_there():
+    with socket.create_server((HOST, 0)) as listening:
+        port = listening.getsockname()[1]
+        assert ask(port, "announced", pod("server"), timeout=0.3) == {NO_ANSWER}
+        assert ask(port, "progress", pod("fetch"), timeout=0.3) is None, "only progress is missing"
+    assert ask(port, "announced", pod("server"), timeout=0.3) is None
 
 
 def test_a_running_fetch_tells_its_progress():

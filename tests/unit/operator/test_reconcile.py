@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from modelcache_operator.asking import NO_ANSWER
 from modelcache_operator.clock import format_time
 from modelcache_operator.observed import Refusal
 from modelcache_operator.resources.server import TokenKeys
@@ -447,6 +448,26 @@ def test_servers_that_still_announce_the_old_revision_keep_it_from_being_up_to_d
 
 
 # --- the volume
+
+
+def test_a_server_that_is_too_slow_to_answer_is_waited_for_but_not_for_ever():
+    """A busy one may still serve the old revision; one that a NetworkPolicy hides never answers."""
+    world = World().to_ready()
+    world.change(revision="v2")
+    world.run("plan")
+    world.announced = frozenset({"digest-b", NO_ANSWER})
+    world.finish("fetch")
+    decision = world.settle()
+    assert world.conditions["UpToDate"] == ("False", "Announcing")
+    assert "port 9091" in world.message("UpToDate")
+    assert decision.requeue_after <= 2
+    world.now += 55
+    world.settle()
+    assert world.conditions["UpToDate"] == ("False", "Announcing")
+    world.now += 6
+    world.step()
+    assert world.conditions == READY
+    assert world.events[-1] == "NoAnswer"
 
 
 def test_the_volume_grows_for_a_larger_revision_and_never_shrinks():
