@@ -112,7 +112,7 @@ class Observed:
 
     @property
     def fetched_at(self) -> float:
-        """When what the spec asks for was found fetched, in seconds since the epoch; now, if that is not written yet."""
+        """When what the spec asks for was found fetched, in seconds since the epoch; now, if that is to be written."""
         fetched = self.condition("Fetched")
         return parse_time(fetched.get("lastTransitionTime")) if fetched.get("status") == "True" else self.now
 
