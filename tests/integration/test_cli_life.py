@@ -298,6 +298,14 @@ def test_serve_takes_what_the_server_takes(tmp_path, manifest, root):
             with contextlib.closing(connection):
                 connection.request("GET", path, headers={"Authorization": f"Bearer {token}"})
                 assert connection.getresponse().status == status
+        trusting = {"MODELCACHE_CA_FILE": str(chain)}
+        wait = ("wait", "--address", addresses["grpc"], "--timeout", "20s")
+        assert "refuses this caller" in refused(66, *wait, env=trusting)
+        token = tmp_path / "token"
+        token.write_text(issuer.token(seconds=60))
+        known = {**trusting, "MODELCACHE_TOKEN_FILE": str(token)}
+        assert run_cli(*wait, env=known).stdout.strip() == Volume.open(root).active("small").digest
+        assert "cannot be read" in refused(2, *wait, env={**known, "MODELCACHE_TOKEN_FILE": "/nowhere"})
         child.wait_for(r'"code": "401"')
 
 

@@ -1,6 +1,7 @@
 """`modelcache wait`: until a server has a model."""
 
 import argparse
+import os
 import re
 import time
 from typing import TYPE_CHECKING
@@ -12,6 +13,10 @@ from modelcache_cli.options import ADDRESS_VARIABLE, DEFAULT_GRPC_PORT, default_
 from modelcache_cli.output import emit, say
 
 if TYPE_CHECKING:
+    import grpc
+
+    from modelcache.address import Endpoint
+    from modelcache.security import Security
     from modelcache_volume.v1.manifest_pb2 import Active
     from modelcache_wire.v1.weights_pb2_grpc import WeightsStub
 
@@ -49,32 +54,48 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    import grpc
-
+    from modelcache.errors import AccessDenied, AddressError
+    from modelcache.security import Security
     from modelcache_wire.v1.weights_pb2_grpc import WeightsStub
 
-    target = _target(arguments.address or default_address())
+    endpoint = _endpoint(arguments.address or default_address())
+    target = str(endpoint)
+    security = Security.of(None, None, os.environ)
     deadline = time.monotonic() + arguments.timeout
-    with grpc.insecure_channel(f"dns:///{target}", options=(("grpc.max_reconnect_backoff_ms", 2000),)) as channel:
-        active = _wait(WeightsStub(channel), target, arguments, deadline)
+    try:
+        with _channel(endpoint, security) as channel:
+            active = _wait(WeightsStub(channel), security, target, arguments, deadline)
+    except (AccessDenied, AddressError) as error:  # the files with the token and the authorities
+        raise UsageError(str(error)) from error
     say(f"{target} serves {active.name}: {active.requested or active.commit}")
     emit(active.digest)
     return 0
 
 
-def _target(address: str | None) -> str:
+def _channel(endpoint: "Endpoint", security: "Security") -> "grpc.Channel":
+    import grpc
+
+    options = (("grpc.max_reconnect_backoff_ms", 2000),)
+    if endpoint.tls:
+        return grpc.secure_channel(f"dns:///{endpoint}", grpc.ssl_channel_credentials(security.roots()), options)
+    return grpc.insecure_channel(f"dns:///{endpoint}", options)
+
+
+def _endpoint(address: str | None) -> "Endpoint":
     if not address:
         raise UsageError(f"no server is named; write --address HOST:PORT, or set {ADDRESS_VARIABLE}")
     from modelcache.address import parse_endpoint
     from modelcache.errors import AddressError
 
     try:
-        return str(parse_endpoint(address))
+        return parse_endpoint(address)
     except AddressError as error:
         raise UsageError(f"--address: {error}") from None
 
 
-def _wait(stub: "WeightsStub", target: str, arguments: argparse.Namespace, deadline: float) -> "Active":
+def _wait(
+    stub: "WeightsStub", security: "Security", target: str, arguments: argparse.Namespace, deadline: float
+) -> "Active":
     """Ask until what is active is what is wanted; says each 10 s why not.
 
     Raises:
@@ -82,7 +103,7 @@ def _wait(stub: "WeightsStub", target: str, arguments: argparse.Namespace, deadl
     """
     next_word = time.monotonic() + _SAY_SECONDS
     while True:
-        answer = _ask(stub, target, max(deadline - time.monotonic(), _LEAST_CALL_SECONDS))
+        answer = _ask(stub, security, target, max(deadline - time.monotonic(), _LEAST_CALL_SECONDS))
         lack = answer if isinstance(answer, str) else _lack(answer, arguments, target)
         if not isinstance(answer, str) and lack is None:
             return answer
@@ -95,14 +116,16 @@ def _wait(stub: "WeightsStub", target: str, arguments: argparse.Namespace, deadl
         time.sleep(min(_POLL_SECONDS, max(deadline - now, 0)))
 
 
-def _ask(stub: "WeightsStub", target: str, remaining: float) -> "Active | str":
+def _ask(stub: "WeightsStub", security: "Security", target: str, remaining: float) -> "Active | str":
     """What is active now, or why that cannot be said."""
     import grpc
 
     from modelcache_wire.v1.weights_pb2 import GetRevisionRequest
 
+    token = security.token()
+    metadata = (("authorization", f"Bearer {token}"),) if token else None
     try:
-        answer = stub.GetRevision(GetRevisionRequest(), timeout=min(_CALL_SECONDS, remaining))
+        answer = stub.GetRevision(GetRevisionRequest(), timeout=min(_CALL_SECONDS, remaining), metadata=metadata)
     except grpc.RpcError as error:
         details = str(error.details() or "")[:300]
         match error.code():
@@ -150,5 +173,9 @@ COMMAND = Command(
     add_options=_add_options,
     run=_run,
     reasons=(Reason.AUTH_FAILED, Reason.UNAVAILABLE, Reason.NOT_READY),
-    environment=((ADDRESS_VARIABLE, "address of the server, where --address is absent"),),
+    environment=(
+        (ADDRESS_VARIABLE, "address of the server, where --address is absent; https://HOST:PORT asks over TLS"),
+        ("MODELCACHE_TOKEN_FILE", "file with a bearer token, for a server that wants one"),
+        ("MODELCACHE_CA_FILE", "authorities to trust for TLS (PEM); default: the system's"),
+    ),
 )
