@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 
+from modelcache.address import DEFAULT_PORT
 from modelcache.errors import AccessDenied, AddressError, FileNotInSnapshot, NotReady, RevisionGone
 from modelcache.lane import CorruptAtServer, LaneBroken
 from modelcache_volume.v1 import manifest_pb2
@@ -46,6 +48,8 @@ _BY_CODE: Final[dict[grpc.StatusCode, tuple[type[Exception], str]]] = {
     grpc.StatusCode.PERMISSION_DENIED: (AccessDenied, "Give a token that the server accepts."),
     grpc.StatusCode.UNIMPLEMENTED: (AddressError, "It is no weight server."),
 }
+# What gRPC says of who listens there but speaks something else; of a server that is just ending, too.
+_STRANGER: Final = re.compile(r"failed to connect.*(Failed parsing HTTP/2|Socket closed|Connection reset)", re.DOTALL)
 
 
 class GrpcStream:
@@ -156,4 +160,6 @@ class GrpcLane:
         reason = next((str(value) for key, value in trailing if key == _REASON_KEY), "")
         message = f"{self.endpoint} answered {code.name} {reason}: {error.details()}"
         kind, advice = _BY_REASON.get(reason) or _BY_CODE.get(code) or (LaneBroken, "")
+        if code is grpc.StatusCode.UNAVAILABLE and _STRANGER.search(message):
+            advice = f"The address must be that of gRPC's port, {DEFAULT_PORT}, after https:// if it has TLS."
         return kind(f"{message} {advice}".rstrip())

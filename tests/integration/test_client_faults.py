@@ -1,7 +1,9 @@
 """The client under servers that break, vanish, move, damage bytes or roll their revision."""
 
+import http.server
 import logging
 import socket
+import ssl
 import threading
 
 import pytest
@@ -14,6 +16,7 @@ from modelcache.connection import connect
 from modelcache.lease import LeaseKeeper
 from support.client_server import FaultyServer
 from support.models import TINY, BertFiles, save_bert
+from support.server_security import write_certificate
 
 LARGER = {**TINY, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6}
 IDS = torch.randint(0, 96, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -238,6 +241,24 @@ def test_a_server_that_never_comes_is_not_ready():
 def test_why_a_server_never_came_is_said():
     with pytest.raises(NotReady, match=r"[Rr]efused"):
         StreamingBertModel("bert-tiny", address=f"127.0.0.1:{free_port()}", wait_timeout=1.5)
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_a_port_without_grpc_or_with_tls_is_said(tmp_path, tls):
+    listener = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
+    if tls:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*write_certificate(tmp_path))
+        listener.socket = context.wrap_socket(listener.socket, server_side=True)
+    with listener:
+        answering = threading.Thread(target=listener.serve_forever, args=(0.01,))
+        answering.start()
+        try:
+            with pytest.raises(NotReady, match="gRPC's port, 9090, after https:// if it has TLS"):
+                StreamingBertModel("bert-tiny", address=f"127.0.0.1:{listener.server_port}", wait_timeout=1.5)
+        finally:
+            listener.shutdown()
+            answering.join()
 
 
 def test_another_name_than_the_servers_is_said(server, caplog):

@@ -105,6 +105,24 @@ def test_folders_that_cannot_be_served_are_refused_at_once(tmp_path, folder):
             WeightServer(**folders)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"cache_size_mb": 0},
+        {"cache_size_mb": -1},
+        {"cache_size_mb": "64"},
+        {"port": 65536},
+        {"http_port": -1},
+        {"status_port": "9091"},
+        {"port": True},
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused_by_name(folder, arguments):
+    (argument,) = arguments
+    with pytest.raises(ValueError, match=f"^{argument} "):
+        WeightServer(folder, **arguments)
+
+
 def fetched_while_started(server: WeightServer, path: str) -> bytes:
     """What a server gives out between `await server.start_server()` and the end of that task."""
 

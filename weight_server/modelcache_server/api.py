@@ -9,6 +9,7 @@ from modelcache_server.server import Addresses, Server
 from modelcache_server.settings import RedisSettings, ServerSettings, cache_bytes_of
 
 _READY_SECONDS = 600.0
+_MAX_CACHE_MIB = 1 << 24
 
 
 class WeightServer:
@@ -26,7 +27,7 @@ class WeightServer:
         redis_url: a second tier that replicas share; empty: none.
 
     Raises:
-        ValueError: not exactly one folder was named.
+        ValueError: not exactly one folder was named, or a number is out of its range.
         VolumeError: it cannot be served.
     """
 
@@ -43,6 +44,9 @@ class WeightServer:
         name: str = "",
         redis_url: str = "",
     ) -> None:
+        _check("cache_size_mb", cache_size_mb, 1, _MAX_CACHE_MIB)
+        for argument, value in (("port", port), ("http_port", http_port), ("status_port", status_port)):
+            _check(argument, value, 0, 65535)
         self._server = Server(
             ServerSettings(
                 root=_one_folder(model_path, chunks_dir),
@@ -120,3 +124,8 @@ def _one_folder(model_path: str | Path | None, chunks_dir: str | Path | None) ->
     if (model_path is None) == (chunks_dir is None):
         raise ValueError("Name one folder: model_path=… or chunks_dir=….")
     return Path(model_path if model_path is not None else str(chunks_dir))
+
+
+def _check(argument: str, value: object, least: int, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(f"{argument} must be a whole number from {least} to {most}, not {value!r}.")
