@@ -136,10 +136,13 @@ def mortal_operator(
 ) -> Iterator[MortalOperator]:
     """Runs it for the ModelCaches of one namespace; the one of the chart must be away."""
     addresses = cluster.node.addresses
-    kubeconfig = folder / "operator.conf"
+    kubeconfig, defaults = folder / "operator.conf", folder / "defaults.yaml"
+    of_chart = cluster.kubectl.within(SYSTEM).get("configmap", "modelcache-defaults")
+    defaults.write_text(of_chart["data"]["defaults.yaml"])
     environment = {
         **os.environ,
         "KUBECONFIG": str(kubeconfig),
+        "MODELCACHE_DEFAULTS": str(defaults),
         "MODELCACHE_IMAGE": image,
         "MODELCACHE_NAMESPACES": namespace,
         "MODELCACHE_LEASE_NAME": "",
