@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from modelcache_server import congestion
 from modelcache_server.errors import ServerError
 from modelcache_server.http_connection import App, CutConnection, HttpConnection, Served
 from modelcache_server.lobby import Guest, Lobby, shut_reading
@@ -36,14 +37,19 @@ class HttpServer:
         observe: Callable[[Served], None],
         reader: BlockReader | None = None,
         tls: Callable[[], ssl.SSLContext] | None = None,
+        congestion_control: str = "",
     ) -> None:
-        """Answer with `app`; `tls` gives the context for the next connection, so that certificates can change."""
+        """Answer with `app`; `tls` gives the context for the next connection, so that certificates can change.
+
+        `congestion_control`: as `congestion.choose` takes it.
+        """
         self._app = app
         self._lane = lane
         self._limits = limits
         self._observe = observe
         self._reader = reader
         self._tls = tls
+        self._congestion_control = congestion_control
         self._lock = threading.Lock()
         self._open: dict[socket.socket, HttpConnection | None] = {}  # None until TLS is agreed on
         self._threads: set[threading.Thread] = set()
@@ -62,16 +68,22 @@ class HttpServer:
         """Listen; returns the port.
 
         Raises:
-            ServerError: The address is in use or not ours.
+            ServerError: The address is in use or not ours, or the congestion control is not there.
         """
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            self._listener = socket.create_server((host, port), family=family, backlog=512)
+            listener = socket.create_server((host, port), family=family, backlog=512)
         except OSError as error:
             raise ServerError(
                 f"Cannot listen on {host}:{port} for {self._lane}: {os.strerror(error.errno or 0)}. "
                 "Choose another port, or 0 for a free one."
             ) from error
+        try:
+            congestion.choose(listener, self._congestion_control)
+        except ServerError:
+            listener.close()
+            raise
+        self._listener = listener
         if self._tls is None:
             self._lobby = Lobby(self._serve_guest, name=self._lane)
         self._acceptor = threading.Thread(target=self._accept, name=f"{self._lane}-accept", daemon=True)

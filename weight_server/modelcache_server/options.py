@@ -98,6 +98,12 @@ def add_common(parser: argparse.ArgumentParser, *, log_level: str, log_format: s
     add("--inflight", type=parse_size, metavar="SIZE", help="bytes being sent at once (default: 3/4 of the cache)")
     add("--max-streams", type=int, default=64, metavar="N", help="gRPC reads at once (default: 64)")
     add(
+        "--congestion-control",
+        default="",
+        metavar="NAME",
+        help="TCP's, of what is sent over HTTP (default: the system's, but cubic in place of bbr, which paces)",
+    )
+    add(
         "--drain",
         type=float,
         default=0.0,
@@ -148,6 +154,7 @@ def with_common(settings: ServerSettings, args: argparse.Namespace) -> ServerSet
         inflight_bytes=args.inflight,
         max_streams=args.max_streams,
         read_ahead=args.read_ahead,
+        congestion_control=args.congestion_control,
         tls=_tls(args),
         tokens=_tokens(args),
         redis=_redis(args),

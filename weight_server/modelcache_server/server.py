@@ -92,6 +92,7 @@ class Server:
             observe=self._metrics.served,
             reader=self._reader,
             tls=self._certificates.context if self._certificates else None,
+            congestion_control=settings.congestion_control,
         )
         self._status = HttpServer(
             StatusRoutes(self._unready, self._metrics.render, self._announced_digest),

@@ -97,6 +97,7 @@ class ServerSettings:
         max_streams: gRPC Reads at once.
         read_ahead: blocks loaded ahead of a reader that misses; 0: none.
         lease_holder: this replica's name in the volume's leases.
+        congestion_control: TCP's, of what is sent over HTTP; empty: the system's, but Cubic or Reno in place of BBR.
     """
 
     root: Path
@@ -114,6 +115,7 @@ class ServerSettings:
     max_streams: int = 64
     read_ahead: int = 4
     lease_holder: str = field(default_factory=socket.gethostname)
+    congestion_control: str = ""
     http: HttpLimits = field(default_factory=HttpLimits)
     tls: TlsSettings | None = None
     tokens: TokenSettings | None = None
