@@ -269,13 +269,14 @@ def select_tensors(manifest: Manifest, *, subfolder: str = "", variant: str = ""
     chosen = known[0][1]
     weight_set = manifest.weight_sets[chosen]
     mapped = weight_set.format != _LEGACY
+    paths = [each.path for each in manifest.files]
     return [
         Stored(
             name=each.name,
             dtype=each.dtype,
             shape=tuple(each.shape),
             strides=tuple(each.strides) or None,
-            path=manifest.files[each.file].path,
+            path=paths[each.file],
             offset=each.offset,
             length=each.length,
             crc=tuple(each.running_crc32c),
