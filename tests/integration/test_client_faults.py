@@ -1,10 +1,12 @@
 """The client under servers that break, vanish, move, damage bytes or roll their revision."""
 
+import contextlib
 import http.server
 import logging
 import socket
 import ssl
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,8 +14,13 @@ from transformers import BertModel
 
 import modelcache
 from modelcache import IntegrityError, NotReady, RevisionGone, StreamingBertModel, Unavailable
+from modelcache.address import Endpoint
 from modelcache.connection import connect
+from modelcache.deadline import Deadline
+from modelcache.grpc_lane import GrpcLane
+from modelcache.lane import LaneBroken
 from modelcache.lease import LeaseKeeper
+from modelcache.security import Security
 from support.client_server import FaultyServer
 from support.models import TINY, BertFiles, save_bert
 from support.server_security import write_certificate
@@ -259,6 +266,22 @@ def test_a_port_without_grpc_or_with_tls_is_said(tmp_path, tls):
         finally:
             listener.shutdown()
             answering.join()
+
+
+def test_a_server_may_take_half_a_second_to_greet():
+    """Over a slow line, with TLS, or because it is busy: it is not hung up on meanwhile."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        lane = GrpcLane(Endpoint("127.0.0.1", listener.getsockname()[1]), Security())
+        with contextlib.closing(lane), ThreadPoolExecutor(1) as pool:
+            asking = pool.submit(lane.revision, "", Deadline(20))
+            listener.settimeout(20)
+            connection, _ = listener.accept()
+            with connection:
+                connection.settimeout(0.5)
+                with pytest.raises(TimeoutError):
+                    b"".join(iter(lambda: connection.recv(4096), b""))
+            with pytest.raises(LaneBroken):
+                asking.result(20)
 
 
 def test_another_name_than_the_servers_is_said(server, caplog):
