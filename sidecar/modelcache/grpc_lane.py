@@ -113,13 +113,21 @@ class GrpcLane:
 
     def revision(self, known_digest: str, deadline: Deadline) -> weights_pb2.GetRevisionResponse:
         """What is active, and whether ``known_digest`` (whose lease this renews) can be read."""
-        request = weights_pb2.GetRevisionRequest(known_digest=known_digest)
         try:
-            response: weights_pb2.GetRevisionResponse = self._stub.GetRevision(
-                request, timeout=min(_CALL_SECONDS, deadline.remaining()), metadata=self._metadata()
-            )
+            return self.ask_revision(known_digest, min(_CALL_SECONDS, deadline.remaining()))
         except grpc.RpcError as error:
             raise self.translate(error) from error
+
+    def ask_revision(self, known_digest: str, seconds: float) -> weights_pb2.GetRevisionResponse:
+        """As ``revision``, for who has words of their own for what gRPC says.
+
+        Raises:
+            grpc.RpcError: no answer came within ``seconds``, or another one.
+        """
+        request = weights_pb2.GetRevisionRequest(known_digest=known_digest)
+        response: weights_pb2.GetRevisionResponse = self._stub.GetRevision(
+            request, timeout=seconds, metadata=self._metadata()
+        )
         return response
 
     def manifest(self, digest: str, deadline: Deadline) -> manifest_pb2.Manifest:
@@ -144,8 +152,8 @@ class GrpcLane:
         return GrpcStream(self, call, deadline)
 
     def _metadata(self) -> tuple[tuple[str, str], ...] | None:
-        token = self._security.token()
-        return (("authorization", f"Bearer {token}"),) if token else None
+        authorization = self._security.authorization()
+        return (("authorization", authorization),) if authorization else None
 
     def close(self) -> None:
         """Closes the channel."""

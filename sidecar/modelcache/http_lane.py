@@ -64,12 +64,12 @@ class HttpStream:
         self._early = memoryview(b"")
         deadline.cancellation.attach(self)
 
-    def request(self, target: str, host: str, offset: int, length: int, token: str | None) -> None:
+    def request(self, target: str, host: str, offset: int, length: int, authorization: str | None) -> None:
         """Sends the request and reads the response's head."""
-        authorization = f"Authorization: Bearer {token}\r\n" if token else ""
+        credentials = f"Authorization: {authorization}\r\n" if authorization else ""
         head = (
             f"GET {target} HTTP/1.1\r\nHost: {host}\r\nRange: bytes={offset}-{offset + length - 1}\r\n"
-            f"Accept-Encoding: identity\r\n{authorization}\r\n"
+            f"Accept-Encoding: identity\r\n{credentials}\r\n"
         )
         try:
             self._transport.limit(min(self._deadline.remaining(), STALL_SECONDS))
@@ -194,7 +194,7 @@ class HttpLane:
             transport, fresh = self._transport(server, deadline)
             stream = HttpStream(self, server, transport, deadline)
             try:
-                stream.request(target, server.name, offset, length, self._security.token())
+                stream.request(target, server.name, offset, length, self._security.authorization())
             except LaneBroken:
                 stream.discard()
                 if fresh:

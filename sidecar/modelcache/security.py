@@ -81,6 +81,15 @@ class Security:
         """
         return self._token_file.token() if self.token_file else None
 
+    def authorization(self) -> str | None:
+        """The value of the header that sends the token, on both lanes; None where none is sent.
+
+        Raises:
+            AccessDenied: as ``token``.
+        """
+        token = self.token()
+        return f"Bearer {token}" if token is not None else None
+
     def roots(self) -> bytes | None:
         """The trusted certificates, for gRPC; None: its own list."""
         return self._read() if self.ca_file else None

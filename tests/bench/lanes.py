@@ -64,8 +64,8 @@ def _grpc(target: Target) -> Read:
     # A channel of its own connection each, as separate clients have.
     channel = grpc.insecure_channel(f"127.0.0.1:{target.port}", options=[("grpc.use_local_subchannel_pool", 1)])
     stub = weights_pb2_grpc.WeightsStub(channel)
-    token = Security(target.token_file).token()
-    metadata = [("authorization", f"Bearer {token}")] if token else []
+    authorization = Security(target.token_file).authorization()
+    metadata = [("authorization", authorization)] if authorization else []
 
     def read(offset: int, into: memoryview) -> None:
         wanted = [weights_pb2.Range(path=target.path, offset=offset, length=len(into))]

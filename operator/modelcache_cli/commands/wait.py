@@ -1,11 +1,15 @@
 """`modelcache wait`: until a server has a model."""
 
 import argparse
+import contextlib
 import os
 import re
 import time
 from typing import TYPE_CHECKING
 
+from modelcache.address import Endpoint, parse_endpoint
+from modelcache.errors import AccessDenied, AddressError
+from modelcache.security import CA_VARIABLE, TOKEN_VARIABLE, Security
 from modelcache_api.reasons import Reason
 from modelcache_cli.command import Command
 from modelcache_cli.failures import CommandError, UsageError
@@ -13,12 +17,8 @@ from modelcache_cli.options import ADDRESS_VARIABLE, DEFAULT_GRPC_PORT, default_
 from modelcache_cli.output import emit, say
 
 if TYPE_CHECKING:
-    import grpc
-
-    from modelcache.address import Endpoint
-    from modelcache.security import Security
+    from modelcache.grpc_lane import GrpcLane
     from modelcache_volume.v1.manifest_pb2 import Active
-    from modelcache_wire.v1.weights_pb2_grpc import WeightsStub
 
 _SAY_SECONDS = 10.0
 _POLL_SECONDS = 0.5
@@ -54,17 +54,14 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from modelcache.errors import AccessDenied, AddressError
-    from modelcache.security import Security
-    from modelcache_wire.v1.weights_pb2_grpc import WeightsStub
+    from modelcache.grpc_lane import GrpcLane
 
     endpoint = _endpoint(arguments.address or default_address())
     target = str(endpoint)
-    security = Security.of(None, None, os.environ)
     deadline = time.monotonic() + arguments.timeout
     try:
-        with _channel(endpoint, security) as channel:
-            active = _wait(WeightsStub(channel), security, target, arguments, deadline)
+        with contextlib.closing(GrpcLane(endpoint, Security.of(None, None, os.environ))) as lane:
+            active = _wait(lane, target, arguments, deadline)
     except (AccessDenied, AddressError) as error:  # the files with the token and the authorities
         raise UsageError(str(error)) from error
     say(f"{target} serves {active.name}: {active.requested or active.commit}")
@@ -72,30 +69,16 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _channel(endpoint: "Endpoint", security: "Security") -> "grpc.Channel":
-    import grpc
-
-    options = (("grpc.max_reconnect_backoff_ms", 2000),)
-    if endpoint.tls:
-        return grpc.secure_channel(f"dns:///{endpoint}", grpc.ssl_channel_credentials(security.roots()), options)
-    return grpc.insecure_channel(f"dns:///{endpoint}", options)
-
-
-def _endpoint(address: str | None) -> "Endpoint":
+def _endpoint(address: str | None) -> Endpoint:
     if not address:
         raise UsageError(f"no server is named; write --address HOST:PORT, or set {ADDRESS_VARIABLE}")
-    from modelcache.address import parse_endpoint
-    from modelcache.errors import AddressError
-
     try:
         return parse_endpoint(address)
     except AddressError as error:
         raise UsageError(f"--address: {error}") from None
 
 
-def _wait(
-    stub: "WeightsStub", security: "Security", target: str, arguments: argparse.Namespace, deadline: float
-) -> "Active":
+def _wait(lane: "GrpcLane", target: str, arguments: argparse.Namespace, deadline: float) -> "Active":
     """Ask until what is active is what is wanted; says each 10 s why not.
 
     Raises:
@@ -103,7 +86,7 @@ def _wait(
     """
     next_word = time.monotonic() + _SAY_SECONDS
     while True:
-        answer = _ask(stub, security, target, max(deadline - time.monotonic(), _LEAST_CALL_SECONDS))
+        answer = _ask(lane, target, max(deadline - time.monotonic(), _LEAST_CALL_SECONDS))
         lack = answer if isinstance(answer, str) else _lack(answer, arguments, target)
         if not isinstance(answer, str) and lack is None:
             return answer
@@ -116,16 +99,12 @@ def _wait(
         time.sleep(min(_POLL_SECONDS, max(deadline - now, 0)))
 
 
-def _ask(stub: "WeightsStub", security: "Security", target: str, remaining: float) -> "Active | str":
+def _ask(lane: "GrpcLane", target: str, remaining: float) -> "Active | str":
     """What is active now, or why that cannot be said."""
     import grpc
 
-    from modelcache_wire.v1.weights_pb2 import GetRevisionRequest
-
-    token = security.token()
-    metadata = (("authorization", f"Bearer {token}"),) if token else None
     try:
-        answer = stub.GetRevision(GetRevisionRequest(), timeout=min(_CALL_SECONDS, remaining), metadata=metadata)
+        answer = lane.ask_revision("", min(_CALL_SECONDS, remaining))
     except grpc.RpcError as error:
         details = str(error.details() or "")[:300]
         match error.code():
@@ -175,7 +154,7 @@ COMMAND = Command(
     reasons=(Reason.AUTH_FAILED, Reason.UNAVAILABLE, Reason.NOT_READY),
     environment=(
         (ADDRESS_VARIABLE, "address of the server, where --address is absent; https://HOST:PORT asks over TLS"),
-        ("MODELCACHE_TOKEN_FILE", "file with a bearer token, for a server that wants one"),
-        ("MODELCACHE_CA_FILE", "authorities to trust for TLS (PEM); default: the system's"),
+        (TOKEN_VARIABLE, "file with a bearer token, for a server that wants one"),
+        (CA_VARIABLE, "authorities to trust for TLS (PEM); default: the system's"),
     ),
 )
