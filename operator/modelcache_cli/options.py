@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from modelcache_api.quantities import parse_bytes, parse_duration
+from modelcache_server.options import parse_port
 
 VOLUME_VARIABLE = "MODELCACHE_VOLUME"
 ADDRESS_VARIABLE = "MODELCACHE_ADDRESS"
@@ -99,7 +100,7 @@ def add_serving(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(
             *names,
-            type=port_number,
+            type=parse_port,
             default=port,
             metavar="PORT",
             help=f"{what}; 0: any free port (default: %(default)s)",
@@ -125,13 +126,6 @@ def add_serving(parser: argparse.ArgumentParser) -> None:
         help="file written when the server is ready, for scripts: JSON with name, volume and the addresses grpc, http "
         "and metrics; removed when the server stops (default: none)",
     )
-
-
-def port_number(text: str) -> int:
-    """A TCP port, 0 for any."""
-    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is no port; write a number from 0 to 65535")
-    return int(text)
 
 
 def duration(text: str) -> float:

@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from modelcache_server.server import Addresses, Server
-from modelcache_server.settings import RedisSettings, ServerSettings, cache_bytes_of
+from modelcache_server.settings import MAX_PORT, RedisSettings, ServerSettings, cache_bytes_of
 
 _READY_SECONDS = 600.0
 _MAX_CACHE_MIB = 1 << 24
@@ -46,7 +46,7 @@ class WeightServer:
     ) -> None:
         _check("cache_size_mb", cache_size_mb, 1, _MAX_CACHE_MIB)
         for argument, value in (("port", port), ("http_port", http_port), ("status_port", status_port)):
-            _check(argument, value, 0, 65535)
+            _check(argument, value, 0, MAX_PORT)
         self._server = Server(
             ServerSettings(
                 root=_one_folder(model_path, chunks_dir),

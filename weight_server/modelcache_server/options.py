@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from modelcache_server.settings import (
+    MAX_PORT,
     MIN_CACHE_BYTES,
     RedisSettings,
     ServerSettings,
@@ -41,15 +42,24 @@ def parse_warmup(text: str) -> int | None:
     return None if text == "all" else 0 if text == "none" else parse_size(text)
 
 
+def parse_port(text: str) -> int:
+    """A TCP port, 0 for any."""
+    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > MAX_PORT:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port: write a number from 0 to {MAX_PORT}")
+    return int(text)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the server's options to a parser."""
     parser.add_argument("root", type=Path, metavar="FOLDER", help="a volume, or a plain folder of safetensors files")
     parser.add_argument("--name", default="", help="whose active revision is served (default: the only one)")
     network = parser.add_argument_group("network")
     network.add_argument("--host", default="0.0.0.0", help="address to listen on (default: all)")  # noqa: S104
-    network.add_argument("--port", type=_port, default=9090, help="gRPC (default: 9090; 0: any free port)")
-    network.add_argument("--http-port", type=_port, default=8080, help="bytes over HTTP (default: 8080)")
-    network.add_argument("--status-port", type=_port, default=9091, help="/healthz /readyz /metrics (default: 9091)")
+    network.add_argument("--port", type=parse_port, default=9090, help="gRPC (default: 9090; 0: any free port)")
+    network.add_argument("--http-port", type=parse_port, default=8080, help="bytes over HTTP (default: 8080)")
+    network.add_argument(
+        "--status-port", type=parse_port, default=9091, help="/healthz /readyz /metrics (default: 9091)"
+    )
     parser.add_argument(
         "--cache-size", type=parse_cache_size, default=1 << 30, metavar="SIZE", help="memory for blocks (default: 1Gi)"
     )
@@ -184,9 +194,3 @@ def _redis(args: argparse.Namespace) -> RedisSettings | None:
     else:
         url = os.environ.get(REDIS_URL_VARIABLE, "")
     return RedisSettings(url, ttl_seconds=args.redis_ttl) if url else None
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port: write a number from 0 to 65535")
-    return int(text)

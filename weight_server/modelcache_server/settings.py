@@ -8,6 +8,7 @@ from modelcache_volume import BLOCK_BYTES
 
 MIB = 1 << 20
 MIN_CACHE_BYTES = 64 * MIB
+MAX_PORT = 65535
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,14 @@ def test_a_cache_size_without_sense_is_refused(text, capsys):
     assert "--cache-size" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ["-1", "1e3", "65536", "", "http"])
+def test_a_port_that_is_none_is_refused(text, capsys):
+    assert (options.parse_port("0"), options.parse_port("65535")) == (0, 65535)
+    with pytest.raises(SystemExit):
+        settings(f"--http-port={text}")
+    assert "write a number from 0 to 65535" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("text", "warm"), [("all", None), ("none", 0), ("8Mi", 8 * MIB)])
 def test_a_warm_up_is_all_nothing_or_a_size(text, warm):
     assert settings("--warmup", text).warmup_bytes == warm
