@@ -306,6 +306,22 @@ def test_paths_info_tells_of_those_that_are_there(server):
         assert post(server, f"{API}/paths-info/main", nonsense, "application/json")[0] == 400
 
 
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (
+            "multipart/form-data; boundary=b",
+            '--b\r\nContent-Disposition: form-data; name="paths"\r\n\r\nonnx\r\n--b--\r\n',
+        ),
+        ("application/x-www-form-urlencoded", '{"paths": ["config.json"]}'),
+        ("text/plain", "paths=config.json"),
+    ],
+)
+def test_a_body_that_is_no_list_of_paths_is_no_empty_answer(server, kind, body):
+    status, said = post(server, f"{API}/paths-info/main", body, kind)
+    assert (status, b"application/x-www-form-urlencoded" in said) == (400, True)
+
+
 def test_paths_info_takes_as_many_paths_as_the_hub_does(server):
     asked = [f"{'ü' * 30}/{number}" for number in range(999)] + ["config.json"]
     form = "&".join(f"paths={quote(path, safe='')}" for path in asked)

@@ -22,6 +22,8 @@ INVALID_CREDENTIALS = "Invalid credentials in Authorization header"
 """The one text with which huggingface_hub takes a 401 over https for what it is, and not for a missing repo."""
 
 _MAX_ASKED_BYTES = 256 * 1024  # the Hub takes 1,000 paths at once
+_FORM = "application/x-www-form-urlencoded"
+_JSON = "application/json"
 _OTHER_KINDS = ("datasets", "spaces")
 _KINDS_OF_REFS = {"refs/pr/": "pullRequests", "refs/convert/": "converts", "refs/tags/": "tags", "refs/": "branches"}
 
@@ -211,11 +213,17 @@ def _asked_paths(request: Request) -> list[str]:
         RequestError: INVALID_REQUEST.
         BodyWanted, BadRequest: as `Request.content`.
     """
-    problem = RequestError(Reason.INVALID_REQUEST, "The body must be a form or JSON object with paths.")
+    problem = RequestError(
+        Reason.INVALID_REQUEST, f"The body must be a form ({_FORM}) or a JSON object ({_JSON}) with paths."
+    )
+    kind = request.headers.get("content-type", _FORM).partition(";")[0].strip().lower()
+    if kind not in {_FORM, _JSON}:
+        raise problem
     try:
         text = request.content(_MAX_ASKED_BYTES).decode()
-        if not request.headers.get("content-type", "").lower().startswith("application/json"):
-            return parse_qs(text, max_num_fields=10_000).get("paths", [])
+        if kind == _FORM:
+            fields = parse_qs(text, strict_parsing=True, max_num_fields=10_000) if text else {}
+            return fields.get("paths", [])
         document = json.loads(text)
     except (ValueError, RecursionError):
         raise problem from None
