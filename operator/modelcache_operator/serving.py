@@ -66,7 +66,8 @@ def serve(observed: Observed, settings: Settings, actions: Actions, stored: Stor
         actions.ensure(wanted, observed.services.get(wanted["metadata"]["name"]))
     trouble = _deploy(observed, settings, actions, stored, active)
     condition = trouble or _condition(observed, actions, active)
-    return Served(condition, _endpoint(observed), counts, rolling=_rolling(observed, actions))
+    rolling = _rolling(observed, actions)
+    return Served(condition, _endpoint(observed, is_rolling=rolling is not None), counts, rolling=rolling)
 
 
 def _rolling(observed: Observed, actions: Actions) -> tuple[str, str] | None:
@@ -198,9 +199,15 @@ def _server_pods(observed: Observed) -> list[Object]:
     ]
 
 
-def _endpoint(observed: Observed) -> dict[str, Any]:
+def _endpoint(observed: Observed, *, is_rolling: bool) -> dict[str, Any]:
+    """Where clients connect now: what was true before holds until no server of before is left."""
+    known = observed.status.get("endpoint")
+    if is_rolling and known:
+        return dict(known)
+    live = observed.deployment
+    is_tls = server.speaks_tls(live) if live is not None else observed.spec.server.access.tls is not None
     host = f"{names.weights_name(observed.name)}.{observed.cr['metadata']['namespace']}.svc"
-    scheme = "https" if observed.spec.server.access.tls is not None else "http"
+    scheme = "https" if is_tls else "http"
     return {"grpc": f"dns:///{host}:{server.GRPC_PORT}", "http": f"{scheme}://{host}:{server.HTTP_PORT}"}
 
 

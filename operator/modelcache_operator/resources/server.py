@@ -186,6 +186,13 @@ def key_set(cr: Object, keys: TokenKeys) -> Object:
     }
 
 
+def speaks_tls(deployment: Object) -> bool:
+    """Whether the servers of a live Deployment are told to speak TLS."""
+    containers = deployment["spec"]["template"]["spec"]["containers"]
+    commands = [each.get("command") or [] for each in containers if each["name"] == names.SERVER]
+    return any(argument.startswith("--tls-cert=") for command in commands for argument in command)
+
+
 def _warmup(size: int | None) -> str:
     """The server's --warmup."""
     return "all" if size is None else str(size) if size else "none"

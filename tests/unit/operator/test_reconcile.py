@@ -765,6 +765,31 @@ def test_a_change_of_the_servers_is_up_to_date_when_no_server_of_before_runs_any
     assert world.conditions == READY
 
 
+def test_the_endpoint_is_that_of_the_servers_that_run():
+    """https only when no server of before is left; who asks for TLS with a wrong Secret keeps what works."""
+    world = World().to_ready()
+    host = "bert-weights.ns.svc:8080"
+    world.slots["rollout"] = False
+    world.change(server={"access": {"tls": {"secretName": "tls"}}})
+    world.settle()
+    assert world.cr["status"]["endpoint"]["http"] == f"http://{host}", "the change waits for its turn"
+    world.slots["rollout"] = True
+    world.step()
+    world.deployment()["metadata"]["generation"] = 2
+    old = {"replicas": 1, "updatedReplicas": 1, "readyReplicas": 1, "availableReplicas": 1}
+    for counts in (
+        {"observedGeneration": 1},
+        {"observedGeneration": 2, "updatedReplicas": 0},
+        {"observedGeneration": 2, "replicas": 2, "updatedReplicas": 1},
+    ):
+        world.deployment()["status"] = old | counts
+        world.settle()
+        assert world.cr["status"]["endpoint"]["http"] == f"http://{host}"
+    world.deployment()["status"] = old | {"observedGeneration": 2}
+    world.settle()
+    assert world.cr["status"]["endpoint"]["http"] == f"https://{host}"
+
+
 def test_scaling_leaves_the_model_up_to_date():
     world = World().to_ready()
     world.change(server={"replicas": 2})
