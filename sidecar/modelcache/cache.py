@@ -52,7 +52,7 @@ class ComponentCache:
         policy: what stays; guarded by this object's lock.
         loader: reads in the background.
         source: where bytes come from.
-        timeout: seconds that one component may take.
+        timeout: seconds that one component, or 64 MiB of a larger one, may take.
     """
 
     def __init__(

@@ -8,7 +8,10 @@ from typing import Protocol
 
 from modelcache.errors import Cancelled, Unavailable
 
-__all__ = ["Cancellation", "Deadline"]
+__all__ = ["PORTION_BYTES", "Cancellation", "Deadline"]
+
+# So much has the time of a deadline each: what is larger, or the wire slower, is no failure of the server.
+PORTION_BYTES = 64 * 2**20
 
 
 class _Closable(Protocol):
@@ -54,10 +57,10 @@ class Cancellation:
 
 
 class Deadline:
-    """The moment until which one read has to be done.
+    """The moment until which one read, or the next 64 MiB of a larger one, has to be done.
 
     Args:
-        seconds: from now.
+        seconds: from now, and again from when a portion was delivered.
         cancellation: ends it earlier.
     """
 
@@ -66,6 +69,14 @@ class Deadline:
         self.cancellation = cancellation or Cancellation()
         self._at = time.monotonic() + seconds
         self._last_error = ""
+        self._delivered = 0
+
+    def delivered(self, nbytes: int) -> None:
+        """Counts bytes that arrived; the next portion has the whole time again."""
+        self._delivered += nbytes
+        if self._delivered >= PORTION_BYTES:
+            self._delivered = 0
+            self._at = time.monotonic() + self.seconds
 
     def note(self, error: object) -> None:
         """Keeps what went wrong last, for the message of ``Unavailable``."""

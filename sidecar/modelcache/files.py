@@ -91,6 +91,7 @@ def _parts(source: Source, file: File, deadline: Deadline) -> Iterator[memoryvie
                 while offset < file.size:
                     count = stream.read_into(buffer)
                     offset += count
+                    deadline.delivered(count)
                     yield buffer[:count]
             except BaseException:
                 stream.discard()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections import defaultdict
 from typing import TYPE_CHECKING, Final, NamedTuple
 from urllib.parse import quote
@@ -72,23 +73,25 @@ class HttpStream:
             f"Accept-Encoding: identity\r\n{credentials}\r\n"
         )
         try:
-            self._transport.limit(min(self._deadline.remaining(), STALL_SECONDS))
+            self._limit()
             self._transport.send(head.encode("ascii"))
             status, headers, early = self._head()
         except OSError as error:
             raise self._broken(error) from error
         if status != 206 and not (status == 200 and offset == 0):
             self._refuse(status, headers, early)
-        self._left = int(headers.get("content-length", "-1"))
+        announced = headers.get("content-length", "no")[:20]
+        if announced != str(length) or len(early) > length:
+            raise LaneBroken(f"{self._name()} sent {announced} bytes where {length} were asked for.")
+        self._left = length
         self._early = early
-        if self._left != length or len(early) > length:
-            raise LaneBroken(f"{self._name()} sent {self._left} bytes where {length} were asked for.")
 
     def read_into(self, view: memoryview) -> int:
         """Receives up to ``len(view)`` bytes (at least one) and returns how many.
 
         Raises:
             LaneBroken: the connection broke or stalled.
+            Unavailable: the deadline passed, also where some bytes still come.
         """
         if self._early:
             count = min(len(view), len(self._early))
@@ -96,6 +99,7 @@ class HttpStream:
             self._early = self._early[count:]
         else:
             want = min(len(view), self._left)
+            self._limit()
             try:
                 count = self._transport.receive_into(view[:want], self._left)
             except BlockingIOError as error:
@@ -127,7 +131,9 @@ class HttpStream:
 
     def _head(self) -> tuple[int, dict[str, str], memoryview]:
         received = bytearray()
+        until = time.monotonic() + STALL_SECONDS
         while True:
+            self._limit()
             chunk = self._transport.receive(_FIRST_READ)
             if not chunk:
                 raise ConnectionResetError("it closed the connection")
@@ -135,6 +141,8 @@ class HttpStream:
             end = received.find(b"\r\n\r\n")
             if end >= 0:
                 break
+            if time.monotonic() > until:
+                raise LaneBroken(f"{self._name()} sent no whole answer for {STALL_SECONDS:g} s.")
             if len(received) > _HEADER_BYTES:
                 raise LaneBroken(f"{self._name()} does not speak HTTP.")
         lines = received[:end].decode("latin-1").split("\r\n")
@@ -160,6 +168,9 @@ class HttpStream:
         if code == "CorruptBlob":
             raise CorruptAtServer(message)
         raise LaneBroken(message)
+
+    def _limit(self) -> None:
+        self._transport.limit(min(self._deadline.remaining(), STALL_SECONDS))
 
     def _broken(self, why: object) -> LaneBroken:
         self._deadline.remaining()

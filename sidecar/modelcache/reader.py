@@ -128,7 +128,7 @@ def read_run(source: Source, run: Run, memory: memoryview, deadline: Deadline, s
         stream: ByteStream | None = None
         try:
             stream = source.open(run.path, progress.offset, end - progress.offset, deadline)
-            _receive(stream, progress, memory)
+            _receive(stream, progress, memory, deadline)
         except _ChecksumDiffers as error:
             received += progress.offset - before
             _discard(stream)
@@ -160,7 +160,7 @@ def read_run(source: Source, run: Run, memory: memoryview, deadline: Deadline, s
     return received
 
 
-def _receive(stream: ByteStream, progress: _Progress, memory: memoryview) -> None:
+def _receive(stream: ByteStream, progress: _Progress, memory: memoryview, deadline: Deadline) -> None:
     while not progress.done:
         piece = progress.run.pieces[progress.index]
         hole = piece.tensor.offset + progress.position - progress.offset
@@ -169,6 +169,7 @@ def _receive(stream: ByteStream, progress: _Progress, memory: memoryview) -> Non
         start = piece.destination + progress.position - piece.begin
         count = stream.read_into(memory[start : start + progress.stretch()])
         progress.take(memory[start : start + count])
+        deadline.delivered(count)
 
 
 def _skip(stream: ByteStream, count: int, progress: _Progress) -> None:

@@ -43,7 +43,7 @@ class Wanted:
         max_layers: how many layers stay; None: all.
         max_bytes: how many bytes of layers stay; None: no limit.
         ahead: how many layers are read ahead.
-        timeout: seconds that one component may take.
+        timeout: seconds that one component, or 64 MiB of a larger one, may take.
         subfolder: of config and weights in the repo.
         variant: of the weights.
         model_args: as for ``from_pretrained``.

@@ -52,7 +52,7 @@ def snapshot(
         token_file: with a bearer token, read anew for each request; default: MODELCACHE_TOKEN_FILE.
         ca_file: authorities to trust for TLS (PEM); default: MODELCACHE_CA_FILE, else the system's.
         wait_timeout: seconds to wait for a server that is not ready yet.
-        timeout: seconds without a byte.
+        timeout: seconds that 64 MiB may take, whatever happens to servers meanwhile.
 
     Returns:
         The folder.
@@ -60,7 +60,7 @@ def snapshot(
     Raises:
         FileNotInSnapshot: no file matches the patterns.
         IntegrityError: a file differs from what was published; it is not in the folder.
-        Unavailable: no server delivered for ``timeout`` seconds.
+        Unavailable: no server delivered in time.
 
     Example:
         >>> tokenizer = AutoTokenizer.from_pretrained(snapshot("bert-base", allow_patterns=["*.json", "*.txt"]))

@@ -48,7 +48,7 @@ class StreamingModel:
         cache_bytes: how many bytes of layers stay in memory, instead of or beside cache_size.
         prefetch_count: how many layers are read ahead, on top of those that stay.
         wait_timeout: seconds to wait for a server that is not ready yet.
-        timeout: seconds that reading one layer may take, whatever happens to servers meanwhile.
+        timeout: seconds that reading one layer, or 64 MiB of a larger one, may take, whatever happens to servers.
         subfolder: of config and weights in the repo.
         variant: of the weights (``fp16``).
         model_args: as for ``from_pretrained``: dtype, attn_implementation, attributes of the config.

@@ -133,6 +133,7 @@ class TlsTransport:
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         self._buffer = memoryview(bytearray(_TLS_RECEIVE_BYTES))
+        self._seconds = seconds
         try:
             self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=name)
             self._shake_hands(time.monotonic() + seconds)
@@ -144,11 +145,12 @@ class TlsTransport:
 
     def limit(self, seconds: float) -> None:
         """As Transport.limit."""
-        self._plain.limit(seconds)
+        self._seconds = seconds
 
     def send(self, data: bytes) -> None:
         """As Transport.send."""
         self._tls.write(data)
+        self._plain.limit(self._seconds)
         self._flush()
 
     def receive(self, most: int) -> bytes:
@@ -186,14 +188,22 @@ class TlsTransport:
                 return
 
     def _read(self, view: memoryview, coming: int, least: int) -> int:
-        """Decrypts `least` bytes or more, fewer at the end, whether the peer announced it or not."""
+        """Decrypts `least` bytes or more, fewer at the end, whether the peer announced it or not, and when time is up.
+
+        The time that `limit` gives is for the whole of it: what comes in drips is as good as nothing.
+        """
         received, room = 0, len(view)
+        until = time.monotonic() + self._seconds
         try:
             while received < least:
                 try:
                     # The rest of one record. With a buffer it returns an int, whatever typeshed says.
                     count: Any = self._tls.read(room - received, view[received:])
                 except ssl.SSLWantReadError:
+                    left = until - time.monotonic()
+                    if left <= 0:
+                        raise BlockingIOError("no whole TLS record came in time") from None
+                    self._plain.limit(left)
                     if not self._feed(coming - received):
                         break
                     continue

@@ -115,7 +115,7 @@ def from_pretrained(
         variant: of the weights (``fp16``).
         progress: whether to show a progress bar; None: only on a terminal.
         wait_timeout: seconds to wait for a server that is not ready yet.
-        timeout: seconds that 64 MiB may take.
+        timeout: seconds that 64 MiB may take, whatever happens to servers meanwhile.
         model_args: as for ``from_pretrained``: dtype, attn_implementation, attributes of the config.
 
     Example:

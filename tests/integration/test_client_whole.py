@@ -4,6 +4,7 @@ import functools
 import hashlib
 import io
 import re
+import time
 
 import pytest
 import safetensors.torch
@@ -187,6 +188,24 @@ def test_a_damaged_file_is_not_left_behind(server, tmp_path):
     with pytest.raises(IntegrityError, match=r"config\.json"):
         modelcache.snapshot("x", allow_patterns="config.json", address=server.address, local_dir=tmp_path / "files")
     assert list((tmp_path / "files").iterdir()) == []
+
+
+@pytest.mark.parametrize("http", [True, False], ids=["http", "grpc"])
+@pytest.mark.parametrize("whole", [modelcache.load_state_dict, modelcache.snapshot])
+def test_what_takes_longer_than_the_timeout_is_read_as_long_as_it_comes(tmp_path, monkeypatch, http, whole):
+    monkeypatch.setattr("modelcache.deadline.PORTION_BYTES", 2**20)
+    monkeypatch.setenv("MODELCACHE_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "large"
+    folder.mkdir()
+    safetensors.torch.save_file({"one": torch.rand(7 * 2**18)}, folder / "model.safetensors")
+    with FaultyServer(folder) as server:
+        server.http, server.seconds_per_mib = http, 0.3
+        started = time.monotonic()
+        found = whole("test", address=server.address, timeout=1.5)
+    assert time.monotonic() - started > 1.5
+    if whole is modelcache.snapshot:
+        found = safetensors.torch.load_file(found / "model.safetensors")
+    assert torch.equal(found["one"], safetensors.torch.load_file(folder / "model.safetensors")["one"])
 
 
 def test_patterns_that_match_nothing_are_an_error(server):

@@ -58,6 +58,7 @@ class FaultyServer:
         cut_after: bytes after which each HTTP response breaks off, as often as `cuts` says.
         cuts: how many responses still break off.
         flips: file offsets of which a byte is damaged in HTTP responses, and how often still.
+        seconds_per_mib: what sending a MiB takes, on both lanes.
         hold: while clear, HTTP responses stop after their head.
         requests: (path, offset, length) of each HTTP request.
         renewed: digests whose lease was renewed.
@@ -67,6 +68,8 @@ class FaultyServer:
         self.http = self.ready = True
         self.cut_after = self.cuts = 0
         self.flips: dict[int, int] = {}
+        self.seconds_per_mib = 0.0
+        self._ended = threading.Event()
         self.hold = threading.Event()
         self.hold.set()
         self.requests: list[tuple[str, int, int]] = []
@@ -125,6 +128,7 @@ class FaultyServer:
     def stop(self) -> None:
         """Breaks every connection off at once."""
         self.hold.set()
+        self._ended.set()
         self._grpc.stop(None).wait()
         self._http.shutdown()
         self._http.server_close()
@@ -191,8 +195,10 @@ class FaultyServer:
             stop = first + self.cut_after
         flips = [each for each, count in self.flips.items() if count and first <= each < stop]
         with memoryview(content) as view:
-            for start in range(first, stop, STEP):
-                part: memoryview | bytearray = view[start : min(start + STEP, stop)]
+            step = 2**20 if self.seconds_per_mib else STEP
+            for start in range(first, stop, step):
+                self._ended.wait(self.seconds_per_mib)
+                part: memoryview | bytearray = view[start : min(start + step, stop)]
                 for each in flips:
                     if start <= each < start + len(part):
                         part = bytearray(part)
@@ -234,6 +240,7 @@ class _Service(weights_pb2_grpc.WeightsServicer):
             content = self.server.content(request.digest, wanted.path)
             end = wanted.offset + wanted.length
             for start in range(wanted.offset, end, 2**20):
+                self.server._ended.wait(self.server.seconds_per_mib)
                 yield weights_pb2.ReadResponse(data=content[start : min(start + 2**20, end)])
 
 

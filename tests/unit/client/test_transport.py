@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from modelcache.deadline import Cancellation, Deadline
-from modelcache.errors import Cancelled
+from modelcache.errors import Cancelled, Unavailable
 from modelcache.http_lane import HttpLane, Server
 from modelcache.lane import LaneBroken
 from modelcache.security import Security
@@ -310,3 +310,51 @@ def test_a_read_that_is_called_off_ends_over_tls_too(certificate):
         stream.discard()
         lane.close()
         over.set()
+
+
+HEAD = b"HTTP/1.1 206 Partial Content\r\nContent-Length: 1000000\r\n\r\n"
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+@pytest.mark.parametrize("at_once", [b"HTTP/1.1 206 Partial Content\r\nX: ", HEAD], ids=["head", "body"])
+def test_a_server_that_drips_is_left_at_the_deadline(certificate, tls, at_once):
+    stop = threading.Event()
+
+    def serve(connection: socket.socket) -> None:
+        connection.recv(1000)
+        connection.sendall(at_once)
+        while not stop.wait(0.02):
+            connection.sendall(b"x")
+
+    started = time.monotonic()
+    with peer(serve, server_context(certificate, ssl.TLSVersion.TLSv1_3) if tls else None) as port:
+        lane = HttpLane(Security("", str(certificate[0])))
+        server = Server(HOST, port, "localhost", tls)
+
+        def read() -> None:
+            stream = lane.open(server, "a" * 64, "w", 0, 1_000_000, Deadline(0.5))
+            try:
+                receive_until_it_ends(stream.read_into, memoryview(bytearray(1_000_000)), [])
+            finally:
+                stream.discard()
+
+        stopping = threading.Timer(20, stop.set)  # where the deadline is not kept, so that the test ends
+        stopping.start()
+        try:
+            with pytest.raises(Unavailable, match=r"within 0\.5 s"):
+                read()
+        finally:
+            stop.set()
+            stopping.cancel()
+            lane.close()
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("length", [b"many", b"9" * 5000, b"-1", b"1e6", b""])
+def test_a_length_that_is_none_is_a_broken_answer(length):
+    def serve(connection: socket.socket) -> None:
+        connection.recv(1000)
+        connection.sendall(b"HTTP/1.1 206 Partial Content\r\nContent-Length: " + length + b"\r\n\r\n")
+
+    with peer(serve) as port, pytest.raises(LaneBroken, match="where 1000 were asked for"):
+        HttpLane(Security()).open(Server(HOST, port, "localhost", tls=False), "a" * 64, "w", 0, 1000, Deadline(10))
