@@ -55,14 +55,17 @@ def settings_of(objects, folder):
     return from_environment(environment | {"MODELCACHE_DEFAULTS": str(path)})
 
 
+def version():
+    return yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]
+
+
 def test_the_chart_carries_the_generated_crd():
     assert crd.main(["--check", str(CHART / "files/modelcaches.yaml")]) == 0
 
 
 def test_chart_and_package_have_one_version():
-    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     project = (CHART.parents[1] / "pyproject.toml").read_text()
-    assert f'version = "{chart["appVersion"]}"' in project
+    assert f'version = "{version()}"' in project
 
 
 def test_every_value_has_its_place_in_the_schema():
@@ -235,6 +238,38 @@ def test_the_environment_is_what_the_operator_reads(tmp_path):
     assert settings.image == container["image"] == "modelcache@sha256:" + "a" * 64
     assert settings.lease_name == "release-modelcache"
     assert settings.defaults.endpoint == "https://hub"
+
+
+def notes(*arguments):
+    """What `helm install` says at its end, in paragraphs."""
+    done = helm("install", "release", str(CHART), "--namespace=system", "--dry-run=client", "--output=json", *arguments)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)["info"]["notes"].split("\n\n")
+
+
+def test_the_notes_can_be_pasted():
+    first, before, commands, readers, rights_, uninstall = notes()
+    assert first == f"ModelCache {version()} is installed."
+    assert before.endswith(":")
+    manifest, end, after = commands.partition("\nEOF\n")
+    command, begin, manifest = manifest.partition(" <<EOF\n")
+    assert (command, begin, end) == ("kubectl apply -f -", " <<EOF\n", "\nEOF\n"), (
+        "a shell takes no EOF with spaces before it"
+    )
+    model = yaml.safe_load(manifest)
+    ModelCacheSpec.model_validate(model["spec"])
+    name = model["metadata"]["name"]
+    assert after == f"kubectl wait --for=condition=UpToDate mc/{name} --timeout=30m\nkubectl get mc"
+    assert f"{names.weights_name(name)}:{server.GRPC_PORT}," in readers
+    assert f"HF_ENDPOINT=http://{names.weights_name(name)}:{server.HTTP_PORT}." in readers
+    assert rights_.startswith("Whoever may create ModelCaches")
+    assert uninstall.startswith("`helm uninstall` leaves the CRD")
+
+
+def test_the_notes_say_what_was_chosen():
+    first, *_, uninstall = notes("--set=operator.namespaces={a,b}", "--set=crds.keep=false")
+    assert first == f"ModelCache {version()} is installed for the namespaces a, b."
+    assert uninstall.startswith("WARNING: crds.keep is false: `helm uninstall` deletes the CRD")
 
 
 def test_a_long_release_name_fits_into_the_names_of_services():
