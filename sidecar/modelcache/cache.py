@@ -53,6 +53,9 @@ class ComponentCache:
         loader: reads in the background.
         source: where bytes come from.
         timeout: seconds that one component, or 64 MiB of a larger one, may take.
+
+    Attributes:
+        last_used: when a pass last asked for a block, by the monotonic clock.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class ComponentCache:
         self.policy = policy
         self.statistics = CacheStatistics()
         self.timeout = timeout
+        self.last_used = 0.0
         self._loader = loader
         self._source = source
         self._lock = threading.RLock()
@@ -112,6 +116,7 @@ class ComponentCache:
 
     def acquire(self, name: str) -> None:
         """Has a block's parameters in their places, and keeps them there until ``release``."""
+        self.last_used = time.monotonic()
         if budget.nbytes is not None and name not in self._loads:
             budget.make_room(self.blocks[name].nbytes, self)
         with self._lock:
@@ -150,6 +155,11 @@ class ComponentCache:
         for name in names:
             self.acquire(name)
             self.release(name)
+
+    def in_use(self, name: str) -> bool:
+        """Whether somebody computes with a block now."""
+        with self._lock:
+            return self.policy.in_use(name)
 
     def prefetch_named(self, names: list[str]) -> None:
         """Starts to load these blocks, as far as there is room ahead of use."""
@@ -193,9 +203,11 @@ class ComponentCache:
         )
 
     def held_bytes(self) -> int:
-        """Memory of components that are here or on their way."""
-        with self._lock:
-            return sum(self._component(name).nbytes for name in self._loads)
+        """Memory of components that are here or on their way.
+
+        Takes no lock: the budget asks for it while another model's is held, and that model may be asking likewise.
+        """
+        return sum(self._component(name).nbytes for name in list(self._loads))
 
     def contents(self) -> tuple[list[str], list[str]]:
         """Blocks that were used and are here, oldest use first, and those loaded, or being loaded, ahead of use."""

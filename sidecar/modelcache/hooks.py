@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from modelcache.errors import UnsupportedModel
 
 if TYPE_CHECKING:
     import weakref
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import nn
     from transformers import PreTrainedModel
@@ -28,6 +31,8 @@ def stream_block(component: Component, cache: ComponentCache) -> None:
         return
     original = module.forward
 
+    # Gradients would hold the weights of each layer until the result is let go.
+    @torch.no_grad()
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
         cache.acquire(name)
@@ -51,6 +56,7 @@ def time_calls(
     """
     original = model.forward
 
+    @torch.no_grad()
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()
@@ -64,16 +70,25 @@ def time_calls(
     model.forward = forward
 
 
-def guard(model: PreTrainedModel, cache: ComponentCache) -> None:
-    """Has what touches all parameters of the model, or of a module in it, load them, or refuse."""
+def guard(model: PreTrainedModel, cache: ComponentCache, device: str | torch.device) -> None:
+    """Has what touches all parameters of the model, or of a module in it, load them, or refuse.
+
+    Args:
+        model: whose modules are changed; those without any tensor are left alone, since models may share them (XLM's
+            activation is one for all models of the process).
+        cache: of its components.
+        device: on which it computes.
+    """
     for name, module in model.named_modules():
+        if not any(True for _ in _tensors(module)):
+            continue
         parts = name.split(".")
         prefixes = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
         block = next((prefix for prefix in prefixes if prefix in cache.blocks), None)
         vars(module).update(
             state_dict=functools.partial(_state_dict, module, cache, block, is_block=block == name),
             train=functools.partial(_train, module),
-            _apply=_refuse_cast,
+            _apply=functools.partial(_cast, module, cache, block, device),
             load_state_dict=_refuse_weights,
             compile=_refuse_compile,
         )
@@ -100,10 +115,32 @@ def _train(module: nn.Module, mode: bool = True) -> Any:  # noqa: FBT001, FBT002
     return type(module).train(module, mode)
 
 
-def _refuse_cast(*_: Any, **__: Any) -> Any:
+def _cast(
+    module: nn.Module,
+    cache: ComponentCache,
+    block: str | None,
+    device: str | torch.device,
+    function: Callable[[torch.Tensor], torch.Tensor],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """What ``to``, ``float``, ``cpu`` and the like do, where it changes nothing; a block that computes may do all."""
+    if block is not None and cache.in_use(block):
+        return type(module)._apply(module, function, *args, **kwargs)  # type: ignore[no-untyped-call] # noqa: SLF001 - routers cast themselves
+    # Four dimensions, so that another memory format shows too.
+    probes = [torch.empty((1, 2, 2, 2), device=device).to(dtype) for dtype in {each.dtype for each in _tensors(module)}]
+    if all(
+        function(probe) is probe and not probe.is_shared()  # type: ignore[no-untyped-call]
+        for probe in probes
+    ):
+        return module
     raise UnsupportedModel(
         "A streamed model cannot be moved or cast: give dtype= when it is made, or use from_pretrained()."
     )
+
+
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    return itertools.chain(module.parameters(), module.buffers())
 
 
 def _refuse_weights(*_: Any, **__: Any) -> Any:

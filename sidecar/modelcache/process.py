@@ -12,6 +12,8 @@ __all__ = ["budget", "pool", "reserve_memory", "set_memory_budget"]
 
 
 class _Cache(Protocol):
+    last_used: float
+
     def held_bytes(self) -> int: ...
     def shed(self, nbytes: int) -> int: ...
 
@@ -43,7 +45,7 @@ class Budget:
         """Drops layers that nobody uses, other models' first, until ``nbytes`` fit or there are none."""
         missing = nbytes - self.room()
         others = [cache for cache in self._members() if cache is not asker]
-        for cache in [*others, asker]:
+        for cache in [*sorted(others, key=lambda cache: cache.last_used), asker]:
             if missing <= 0:
                 return
             missing -= cache.shed(int(missing))

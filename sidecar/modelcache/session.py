@@ -88,10 +88,13 @@ class Session:
         """Where weights come from: "volume", "http" or "grpc"; "none" before the first was read."""
         return "volume" if isinstance(self.source, VolumeSource) else self.snapshot.connection.lane
 
-    def enter(self) -> None:
-        """Notes that a forward pass begins: until ``leave`` nothing is closed."""
+    def enter(self) -> bool:
+        """Notes that a forward pass begins: until ``leave`` nothing is closed. False: it is closed, or will be."""
         with self._lock:
+            if self._closing:
+                return False
             self._calls += 1
+            return True
 
     def leave(self) -> None:
         """Notes that a forward pass has ended."""
@@ -150,7 +153,7 @@ def open_session(
         for component in architecture.blocks:
             stream_block(component, cache)
         time_calls(architecture.model, note_seconds, cache)
-        guard(architecture.model, cache)
+        guard(architecture.model, cache, wanted.device)
         cache.start(begun)
         return Session(snapshot, source, architecture, cache)
     except BaseException:

@@ -107,6 +107,7 @@ class StreamingModel:
         self._bytes_per_token = 0.0
         self._warned = False
         self._statistics_lock = threading.Lock()
+        self._refreshing = threading.Lock()
         self._session = self._open(
             connect(model_name, address=address, token_file=token_file, ca_file=ca_file, wait_timeout=wait_timeout)
         )
@@ -299,6 +300,10 @@ class StreamingModel:
             Cancelled: after ``cleanup()``.
             Unavailable: no server answered until ``timeout``.
         """
+        with self._refreshing:
+            return self._refresh(timeout)
+
+    def _refresh(self, timeout: float) -> bool:
         if not self._finalizer.alive:
             raise Cancelled("The model was cleaned up and cannot be refreshed; create it anew.")
         connection = self._session.snapshot.connection
@@ -311,17 +316,6 @@ class StreamingModel:
         self._finalizer = weakref.finalize(self, self._session.close)
         old.close_when_idle()
         return True
-
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Takes what programs say of any model (``to(device)``) where it changes nothing.
-
-        Raises:
-            UnsupportedModel: it asks for another device or dtype than the model has.
-        """
-        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)  # noqa: SLF001 - as nn.Module.to does
-        if dtype not in {None, self.model.dtype} or device not in {None, torch.device(self._wanted.device)}:
-            self.model.to(*args, **kwargs)
-        return self
 
     def cleanup(self) -> Awaitable[None]:
         """Ends all threads and gives the memory back; the model cannot be used afterwards.
@@ -382,7 +376,10 @@ class StreamingModel:
 
     def _run(self, call: Callable[[PreTrainedModel], Any]) -> Any:
         session = self._session
-        session.enter()
+        while not session.enter():
+            if session is self._session:
+                raise Cancelled("The model was cleaned up; create it anew to go on.")
+            session = self._session  # refresh() has closed the one before.
         try:
             session.cache.wait_for_resident()
             with torch.no_grad():

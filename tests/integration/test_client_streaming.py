@@ -5,6 +5,7 @@ import gc
 import itertools
 import re
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import AutoTokenizer, BertModel, pipeline
 
 import modelcache
 from modelcache import MissingWeights, StreamingBertModel, UnsupportedModel
-from modelcache.process import pool
+from modelcache.process import budget, pool
 from support.client_server import FaultyServer
 from support.models import TINY, BertFiles, minilm, save_bert
 
@@ -296,7 +297,7 @@ MODULES = {
 }
 REFUSED = {
     "half": lambda module: module.half(),
-    "float": lambda module: module.float(),
+    "channels last": lambda module: module.to(memory_format=torch.channels_last),
     "bfloat16": lambda module: module.bfloat16(),
     "to a dtype": lambda module: module.to(torch.float16),
     "to a device": lambda module: module.to("meta"),
@@ -427,7 +428,18 @@ def test_a_move_that_changes_nothing_is_taken(serve):
         assert (model.device, model.dtype) == (torch.device("cpu"), torch.float32)
         for same in (model.to("cpu"), model.to(torch.float32), model.to(device="cpu", dtype=torch.float32)):
             assert same is model
+        assert model.float() is model.cpu() is model
+        for module in (model.model, model.model.encoder.layer[2], model.model.encoder.layer[0].output.dense):
+            assert module.float() is module.cpu() is module.to("cpu") is module
         assert_same(model(tokens()), expected(server.folder, tokens()))
+
+
+def test_a_direct_call_of_the_model_keeps_no_evicted_weights_for_gradients(serve):
+    server = serve(BertFiles(config=SMALL))
+    with StreamingBertModel("x", 1, address=server.address) as model, torch.enable_grad():
+        found = model.model(tokens())
+        assert not found.last_hidden_state.requires_grad
+        assert_same(found, expected(server.folder, tokens()))
 
 
 def test_a_pipeline_of_transformers_takes_a_streamed_model():
@@ -507,6 +519,74 @@ def test_models_share_one_memory_budget(serve):
                     assert held <= resident + 4 * layer
         finally:
             modelcache.set_memory_budget(None)
+
+
+def test_memory_is_counted_while_another_model_is_at_work_on_its_layers(serve):
+    """Each model counts what the others hold while it decides what to read ahead: they must not wait for each other."""
+    server = serve(BertFiles(config=SMALL))
+    with (
+        StreamingBertModel("a", 2, address=server.address) as a,
+        StreamingBertModel("b", 2, address=server.address) as b,
+        ThreadPoolExecutor(2) as threads,
+    ):
+        modelcache.set_memory_budget(2**20)
+        try:
+            with a._session.cache._lock:
+                assert threads.submit(budget.room).result(timeout=30) < 2**20
+            for found in threads.map(lambda model: model(tokens()), [a, b] * 4):
+                assert_same(found, expected(server.folder, tokens()))
+        finally:
+            modelcache.set_memory_budget(None)
+
+
+def test_a_budget_takes_from_the_model_that_waited_longest(serve):
+    server = serve(BertFiles(config=SMALL))
+    with (
+        StreamingBertModel("a", None, prefetch_count=0, address=server.address) as a,
+        StreamingBertModel("b", None, prefetch_count=0, address=server.address) as b,
+        StreamingBertModel("c", None, prefetch_count=0, address=server.address) as c,
+    ):
+        for model in (a, b, a, c):
+            model(tokens())
+        c.clear_cache()
+        layer = c._session.cache.blocks["encoder.layer.0"].nbytes
+        modelcache.set_memory_budget(sum(model._session.cache.held_bytes() for model in (a, b, c)) + layer)
+        try:
+            c(tokens())
+        finally:
+            modelcache.set_memory_budget(None)
+        assert [model.get_cache_info()["cache_size"] for model in (a, b, c)] == [5, 1, 5]
+
+
+def test_a_pass_that_meets_a_refresh_runs_on_the_new_snapshot(serve, tmp_path):
+    server = serve()
+    other = save_bert(tmp_path / "other", BertFiles(seed=1))
+    wanted = [expected(folder, tokens()).last_hidden_state for folder in (server.folder, other)]
+    digests = [server.active, server.publish(other)]
+    server.active = digests[0]
+    with StreamingBertModel("x", address=server.address) as model, ThreadPoolExecutor(3) as threads:
+        before = model._session
+        done = threading.Event()
+
+        def run():
+            while not done.is_set():
+                found = model(tokens()).last_hidden_state
+                assert any(torch.equal(found, each) for each in wanted)
+
+        passes = [threads.submit(run), threads.submit(run)]
+        try:
+            for count in range(10):
+                server.active = digests[(count + 1) % 2]
+                assert model.refresh()
+        finally:
+            done.set()
+        for each in passes:
+            each.result(timeout=60)
+        assert not before.enter()
+        server.active = digests[1]
+        refreshed = [threads.submit(model.refresh) for _ in range(3)]
+        assert sorted(each.result(timeout=60) for each in refreshed) == [False, False, True]
+        assert torch.equal(model(tokens()).last_hidden_state, wanted[1])
 
 
 def test_models_of_one_server_share_its_connections(serve):
