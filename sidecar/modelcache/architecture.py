@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from modelcache.dtypes import torch_dtype
+from modelcache.dtypes import as_parameter, torch_dtype
 from modelcache.errors import MissingWeights, UnsupportedModel
 from modelcache.plan import Fusion, Layout, Stored, lay_out
 from modelcache.pretrained import for_its_architecture, without_progress_bar
@@ -341,7 +341,7 @@ def _component(name: str, module: nn.Module | None, members: list[tuple[Sketch, 
 def _meta(tensor: Sketch, *, parameter: bool) -> torch.Tensor:
     with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001
         plain = tensor.as_subclass(torch.Tensor)
-    return nn.Parameter(plain, requires_grad=False) if parameter else plain
+    return as_parameter(plain) if parameter else plain
 
 
 def _listed(names: list[str]) -> str:

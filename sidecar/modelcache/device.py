@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from modelcache.dtypes import as_parameter
 from modelcache.errors import UnsupportedModel
 
 if TYPE_CHECKING:
@@ -40,4 +41,4 @@ def copier(device: str | torch.device) -> Callable[[list[torch.Tensor]], list[to
 
 def _to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     moved = tensor.detach().pin_memory().to(device, non_blocking=True)
-    return nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
+    return as_parameter(moved) if isinstance(tensor, nn.Parameter) else moved

@@ -1,17 +1,18 @@
-"""safetensors' names of element types, as torch has them."""
+"""safetensors' names of element types, as torch has them, and what transformers makes of tensors of them."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from modelcache.errors import UnsupportedModel
 
 if TYPE_CHECKING:
     from modelcache.plan import Stored
 
-__all__ = ["torch_dtype", "torch_shape"]
+__all__ = ["as_parameter", "torch_dtype", "torch_shape"]
 
 _NAMES = {
     "F64": "float64",
@@ -58,3 +59,12 @@ def torch_shape(stored: Stored) -> tuple[int, ...]:
     if stored.dtype == "F4":
         return *stored.shape[:-1], stored.shape[-1] // 2
     return stored.shape
+
+
+def as_parameter(tensor: torch.Tensor) -> nn.Parameter:
+    """A parameter as transformers makes it.
+
+    It says that it wants a gradient, though none is computed: torch's matmul asks for that when it chooses a kernel,
+    and other kernels give other bits.
+    """
+    return nn.Parameter(tensor, requires_grad=tensor.is_floating_point())

@@ -8,11 +8,10 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from modelcache import openmp
 from modelcache.deadline import Cancellation, Deadline
-from modelcache.dtypes import torch_dtype, torch_shape
+from modelcache.dtypes import as_parameter, torch_dtype, torch_shape
 from modelcache.errors import Cancelled
 from modelcache.reader import STEP_BYTES, read_run
 from modelcache.sketch import Leaf, evaluate
@@ -302,7 +301,7 @@ def assemble(
             tensor = flat.view(meta.shape)
         else:
             tensor = evaluate(binding.expression, converted)
-        made.append(nn.Parameter(tensor, requires_grad=False) if binding.parameter else tensor)
+        made.append(as_parameter(tensor) if binding.parameter else tensor)
     return made
 
 

@@ -99,12 +99,20 @@ def load_pretrained(
         config, unused = transformers.AutoConfig.from_pretrained(
             folder, return_unused_kwargs=True, trust_remote_code=False, local_files_only=True, **others
         )
+        model_class = _concrete_class(auto_class, config)
+        if _is_part(config, model_class):
+            if _named(auto_class) is model_class:
+                config, unused = model_class.config_class.from_pretrained(
+                    folder, return_unused_kwargs=True, local_files_only=True, **others
+                )
+            else:
+                config = config.get_text_config()
         unused.pop("local_files_only", None)
         generation = None
         if (Path(folder) / "generation_config.json").exists():
             generation = transformers.GenerationConfig.from_pretrained(folder)
     config.name_or_path = config._name_or_path = ""  # noqa: SLF001 - the folder is gone
-    return Pretrained(config, _concrete_class(auto_class, config), {**load_args, **unused}, generation)
+    return Pretrained(config, model_class, {**load_args, **unused}, generation)
 
 
 @contextlib.contextmanager
@@ -156,10 +164,24 @@ def _known(model_type: str) -> bool:
     return model_type in CONFIG_MAPPING
 
 
+def _is_part(config: PretrainedConfig, model_class: type[PreTrainedModel]) -> bool:
+    """Whether a class is a part of what the config describes (CLIPTextModel of CLIP), and has its own config there."""
+    wanted: Any = model_class.config_class
+    if wanted is None or isinstance(config, wanted):
+        return False
+    return any(isinstance(getattr(config, name, None), wanted) for name in config.sub_configs)
+
+
+def _named(auto_class: str | type) -> Any:
+    import transformers  # noqa: PLC0415
+
+    return getattr(transformers, auto_class, None) if isinstance(auto_class, str) else auto_class
+
+
 def _concrete_class(auto_class: str | type, config: PretrainedConfig) -> type[PreTrainedModel]:
     import transformers  # noqa: PLC0415
 
-    found: Any = getattr(transformers, auto_class, None) if isinstance(auto_class, str) else auto_class
+    found = _named(auto_class)
     if found is None:
         raise UnsupportedModel(
             f"The installed transformers has no class {auto_class!r}. Write one such as 'AutoModel'; "

@@ -65,12 +65,14 @@ class Sketch(torch.Tensor):
         del types
         kwargs = kwargs or {}
         first = args[0] if args else None
-        if func in _UNCHANGED and isinstance(first, Sketch):
-            return first
-        if func is torch.Tensor.__getitem__ and args[1:] == (...,):
+        whole = func is torch.Tensor.__getitem__ and args[1:] == (...,)
+        if whole or (func in _UNCHANGED and isinstance(first, Sketch)):
             return first
         if func is torch.Tensor.to:
             return _cast(*args, **kwargs)
+        if func is torch.Tensor.__setitem__ and isinstance(first, Sketch):
+            first.expression = Call(_with_items, _expressions(args), _expressions(kwargs))
+            return None
         with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - torch documents it for __torch_function__
             result = func(*args, **kwargs)
         if isinstance(result, torch.Tensor):
@@ -81,7 +83,13 @@ class Sketch(torch.Tensor):
         return result
 
 
-_UNCHANGED = {torch.Tensor.detach, torch.Tensor.requires_grad_, torch.Tensor.cpu}
+_UNCHANGED = {torch.Tensor.detach, torch.Tensor.detach_, torch.Tensor.requires_grad_, torch.Tensor.cpu}
+
+
+def _with_items(tensor: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
+    result = tensor.clone()
+    result[index] = value
+    return result
 
 
 def sketch(stored: Stored, dtype: torch.dtype) -> Sketch:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 
+import modelcache
 from modelcache import StreamingModel
 from support.client_server import FaultyServer
 
@@ -51,6 +52,16 @@ ARCHITECTURES = {
     "bert-masked": ("BertForMaskedLM", "BertConfig", TEXT, {"input_ids": IDS}, 4),
     "roberta": ("RobertaForMaskedLM", "RobertaConfig", TEXT, {"input_ids": IDS}, 4),
     "deberta": ("DebertaV2Model", "DebertaV2Config", TEXT, {"input_ids": IDS}, 4),
+    # A kernel for inputs that are not contiguous is chosen by whether the weight wants a gradient.
+    "longformer": ("LongformerModel", "LongformerConfig", {**TEXT, "attention_window": 4}, {"input_ids": IDS}, 4),
+    # transformers writes the positions anew, whatever the checkpoint says.
+    "distilbert-sinusoidal": (
+        "DistilBertModel",
+        "DistilBertConfig",
+        {"dim": 64, "hidden_dim": 128, "n_heads": 4, "n_layers": 4, "vocab_size": 99, "sinusoidal_pos_embds": True},
+        {"input_ids": IDS},
+        4,
+    ),
     "albert": ("AlbertModel", "AlbertConfig", {**TEXT, "embedding_size": 32}, {"input_ids": IDS}, 0),
     "gpt2": (
         "GPT2LMHeadModel",
@@ -71,6 +82,20 @@ ARCHITECTURES = {
         4,
     ),
     "t5": ("T5ForConditionalGeneration", "T5Config", T5, {"input_ids": IDS, "decoder_input_ids": IDS[:, :4]}, 6),
+    # Its routers cast themselves to float32 while they compute.
+    "switch": (
+        "SwitchTransformersForConditionalGeneration",
+        "SwitchTransformersConfig",
+        {
+            **T5,
+            "num_decoder_layers": 3,
+            "num_sparse_encoder_layers": 1,
+            "num_sparse_decoder_layers": 1,
+            "num_experts": 4,
+        },
+        {"input_ids": IDS, "decoder_input_ids": IDS[:, :4]},
+        6,
+    ),
     "t5-encoder": ("T5EncoderModel", "T5Config", T5, {"input_ids": IDS}, 3),
     "whisper": (
         "WhisperForConditionalGeneration",
@@ -162,6 +187,54 @@ def test_weights_that_a_class_keeps_in_float32_are_kept(tmp_path):
         kept, found = plain.state_dict(), model.state_dict()
     assert {value.dtype for value in kept.values()} == {torch.float16, torch.float32}
     assert {name: value.dtype for name, value in found.items()} == {name: value.dtype for name, value in kept.items()}
+
+
+@pytest.mark.parametrize(
+    ("auto_class", "inputs"),
+    [
+        ("CLIPTextModel", {"input_ids": IDS}),
+        ("CLIPVisionModelWithProjection", {"pixel_values": PIXELS}),
+    ],
+)
+def test_a_part_of_a_model_is_built_from_its_part_of_the_config(tmp_path, auto_class, inputs):
+    make(tmp_path, "clip")
+    plain = getattr(transformers, auto_class).from_pretrained(tmp_path)
+    with torch.no_grad():
+        wanted = plain(**inputs)
+    with FaultyServer(tmp_path) as server:
+        with StreamingModel(auto_class=auto_class, cache_size=1, address=server.address) as model:
+            assert_same(model(**inputs), wanted)
+        whole = modelcache.from_pretrained(auto_class, address=server.address, progress=False)
+        with torch.no_grad():
+            assert_same(whole(**inputs), wanted)
+
+
+def test_an_auto_class_for_text_takes_the_text_part_of_a_model_of_many_senses(tmp_path):
+    vision = {"depth": 2, "hidden_size": 32, "num_heads": 4, "out_hidden_size": 64, "intermediate_size": 64}
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    linear |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+    config = transformers.Qwen3_5Config(text_config={**LLAMA, "head_dim": 16, **linear}, vision_config=vision)
+    torch.manual_seed(0)
+    transformers.Qwen3_5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        wanted = plain(input_ids=IDS)
+    with (
+        FaultyServer(tmp_path) as server,
+        StreamingModel(auto_class="AutoModelForCausalLM", cache_size=1, address=server.address) as model,
+    ):
+        assert type(model.model) is type(plain)
+        assert_same(model(input_ids=IDS), wanted)
+
+
+def test_a_module_that_all_models_of_a_process_share_is_left_alone(tmp_path):
+    """XLM's activation function is one module, whichever model it is in."""
+    config = transformers.XLMConfig(emb_dim=64, n_layers=3, n_heads=4, vocab_size=99)
+    transformers.XLMModel(config).save_pretrained(tmp_path)
+    with FaultyServer(tmp_path) as server, StreamingModel(cache_size=1, address=server.address) as model:
+        model(input_ids=IDS)
+    plain = transformers.XLMModel.from_pretrained(tmp_path)
+    assert plain.half().train().state_dict().keys() == plain.state_dict().keys()
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mixtral", "t5", "whisper"])
