@@ -12,7 +12,7 @@ import torch
 from modelcache import openmp
 from modelcache.deadline import Cancellation, Deadline
 from modelcache.dtypes import as_parameter, torch_dtype, torch_shape
-from modelcache.errors import Cancelled
+from modelcache.errors import Cancelled, Unavailable
 from modelcache.reader import STEP_BYTES, read_run
 from modelcache.sketch import Leaf, evaluate
 from modelcache.volume_lane import VolumeSource
@@ -187,9 +187,12 @@ class Loader:
         self._name = name
         self._workers = workers
         self._threads: list[threading.Thread] = []
+        self._process = os.getpid()
 
     def submit(self, load: Load, *, urgent: bool = False) -> None:
         """Starts to load; urgent loads come before all others."""
+        if self._is_elsewhere(load):
+            return
         with self._condition:
             if self.cancellation.cancelled:
                 load.fail(Cancelled("The model was cleaned up; create it anew to go on."))
@@ -205,9 +208,24 @@ class Loader:
 
     def hurry(self, load: Load) -> None:
         """Moves a load that somebody waits for to the front."""
+        if self._is_elsewhere(load):
+            return
         with self._condition:
             self._queue = [(0 if each is load else rank, count, each) for rank, count, each in self._queue]
             self._queue.sort(key=lambda item: item[:2])
+
+    def _is_elsewhere(self, load: Load) -> bool:
+        """Fails a load in a process that was forked: threads stay behind, and connections are the other's."""
+        if os.getpid() == self._process:
+            return False
+        if not load.done.is_set():
+            load.fail(
+                Unavailable(
+                    f"{load.name} cannot be loaded here: the model was made in process {self._process}, from which this "
+                    "one was forked. Create it in each process, after the fork."
+                )
+            )
+        return True
 
     def drop(self, load: Load) -> None:
         """Takes a load out that nobody needs any more; what is under way of it is finished and thrown away."""

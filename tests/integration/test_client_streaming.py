@@ -4,6 +4,8 @@ import asyncio
 import gc
 import itertools
 import re
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -621,6 +623,33 @@ def test_how_far_one_pass_reads_ahead_does_not_stick(serve):
         model(tokens())
         model(tokens())
         assert model.get_inference_stats()["prefetch_hits"] > before + 1
+
+
+FORKING = """
+import os, sys, torch
+from modelcache import StreamingBertModel, Unavailable
+tokens = torch.zeros((1, 4), dtype=torch.int64)
+torch.set_num_threads(1)
+model = StreamingBertModel("x", 1, address=sys.argv[1], timeout=40)
+wanted = model(tokens).last_hidden_state
+if os.fork() == 0:
+    try:
+        model(tokens)
+    except Unavailable as error:
+        print(error, flush=True)
+    model.cleanup()
+    os._exit(0)
+os.wait()
+for _ in range(3):
+    assert torch.equal(model(tokens).last_hidden_state, wanted)
+model.cleanup()
+"""
+
+
+def test_a_forked_process_is_told_at_once_and_leaves_the_model_to_its_maker(serve):
+    command = [sys.executable, "-c", FORKING, serve(BertFiles(config=SMALL)).address]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=35, check=True)  # Less than its timeout=.
+    assert "it in each process, after the fork" in found.stdout
 
 
 def test_a_model_that_was_cleaned_up_says_so(serve):
