@@ -28,6 +28,8 @@ __all__ = ["Connection", "PinnedSnapshot", "connect"]
 logger = logging.getLogger("modelcache")
 
 _SAY_SECONDS: Final = 10.0
+# A server that is ready is asked for as long even by who does not want to wait.
+_LEAST_SECONDS: Final = 1.0
 _POLL_SECONDS: Final = 0.25
 # How long a replica that failed is tried last, and HTTP is left alone where only gRPC answered.
 _AVOID_SECONDS: Final = 5.0
@@ -293,8 +295,8 @@ def connect(
         name: of the ModelCache, or a repoId (then the server must serve that repo).
         address: ``host:port``, several separated by commas; default: MODELCACHE_ADDRESS, else ``NAME-weights:9090``.
         token_file: with a bearer token; default: MODELCACHE_TOKEN_FILE.
-        ca_file: authorities to trust for TLS (PEM); default: MODELCACHE_CA_FILE, else the system's.
-        wait_timeout: seconds to wait for a server that is not there yet; why is logged each 10 s.
+        ca_file: authorities to trust for TLS (PEM); default: MODELCACHE_CA_FILE, else public ones.
+        wait_timeout: seconds to wait for a server that is not there yet; why is logged each 10 s. 0: it is asked once.
         cancellation: ends the wait.
 
     Raises:
@@ -328,9 +330,11 @@ def _wait_for_revision(connection: Connection, name: str, deadline: Deadline) ->
     where = ", ".join(str(endpoint) for endpoint in connection.endpoints)
     said_at = started = time.monotonic()
     problem: Exception | None = None
+    short = deadline.seconds < _LEAST_SECONDS
+    asking = Deadline(_LEAST_SECONDS, deadline.cancellation) if short else deadline
     while True:
         try:
-            response = connection.revision("", deadline)
+            response = connection.revision("", asking)
             if response.active.digest:
                 return response
             problem = NotReady("it has no active revision yet")

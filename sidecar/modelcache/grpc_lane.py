@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from modelcache.deadline import Deadline
     from modelcache.security import Security
 
-__all__ = ["GrpcLane", "GrpcStream"]
+__all__ = ["GrpcLane", "GrpcStream", "connection_advice"]
 
 _MESSAGE_BYTES: Final = 2 * 2**20
 _CALL_SECONDS: Final = 20.0
@@ -48,8 +48,26 @@ _BY_CODE: Final[dict[grpc.StatusCode, tuple[type[Exception], str]]] = {
     grpc.StatusCode.PERMISSION_DENIED: (AccessDenied, "Give a token that the server accepts."),
     grpc.StatusCode.UNIMPLEMENTED: (AddressError, "It is no weight server."),
 }
-# What gRPC says of who listens there but speaks something else; of a server that is just ending, too.
-_STRANGER: Final = re.compile(r"failed to connect.*(Failed parsing HTTP/2|Socket closed|Connection reset)", re.DOTALL)
+# What gRPC says of who listens there but is to be asked in another way; the first also of a server that is just ending.
+_ADVICE: Final = (
+    (
+        re.compile(r"failed to connect.*(Failed parsing HTTP/2|Socket closed|Connection reset)", re.DOTALL),
+        f"The address must be that of gRPC's port, {DEFAULT_PORT}, after https:// if it has TLS.",
+    ),
+    (re.compile("WRONG_VERSION_NUMBER"), "It speaks no TLS: leave https:// out of the address."),
+    (
+        re.compile(r"CERTIFICATE_VERIFY_FAILED|Hostname Verification|[Pp]eer name"),
+        (
+            "Its certificate must be for the host of the address, and signed by an authority in ca_file= or "
+            "MODELCACHE_CA_FILE; without one, only public authorities are trusted."
+        ),
+    ),
+)
+
+
+def connection_advice(message: str) -> str:
+    """What to do about a server that cannot be talked to, by what gRPC says of it; empty: nothing is known."""
+    return next((advice for pattern, advice in _ADVICE if pattern.search(message)), "")
 
 
 class GrpcStream:
@@ -166,8 +184,8 @@ class GrpcLane:
         code = error.code()
         trailing: Any = error.trailing_metadata() or ()
         reason = next((str(value) for key, value in trailing if key == _REASON_KEY), "")
-        message = f"{self.endpoint} answered {code.name} {reason}: {error.details()}"
+        message = f"{self.endpoint} answered {' '.join(filter(None, (code.name, reason)))}: {error.details()}"
         kind, advice = _BY_REASON.get(reason) or _BY_CODE.get(code) or (LaneBroken, "")
-        if code is grpc.StatusCode.UNAVAILABLE and _STRANGER.search(message):
-            advice = f"The address must be that of gRPC's port, {DEFAULT_PORT}, after https:// if it has TLS."
-        return kind(f"{message} {advice}".rstrip())
+        if code is grpc.StatusCode.UNAVAILABLE:
+            advice = connection_advice(message)
+        return kind(f"{message.rstrip('. ')}. {advice}" if advice else message)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from modelcache.connection import PinnedSnapshot
     from modelcache.deadline import Cancellation
 
-__all__ = ["Pretrained", "for_its_architecture", "load_pretrained", "without_progress_bar"]
+__all__ = ["Pretrained", "check_class", "for_its_architecture", "load_pretrained", "without_progress_bar"]
 
 _SMALL_FILES = ("config.json", "generation_config.json")
 # Arguments of from_pretrained that are no attributes of a config.
@@ -101,7 +101,7 @@ def load_pretrained(
         )
         model_class = _concrete_class(auto_class, config)
         if _is_part(config, model_class):
-            if _named(auto_class) is model_class:
+            if check_class(auto_class) is model_class:
                 config, unused = model_class.config_class.from_pretrained(
                     folder, return_unused_kwargs=True, local_files_only=True, **others
                 )
@@ -172,21 +172,27 @@ def _is_part(config: PretrainedConfig, model_class: type[PreTrainedModel]) -> bo
     return any(isinstance(getattr(config, name, None), wanted) for name in config.sub_configs)
 
 
-def _named(auto_class: str | type) -> Any:
+def check_class(auto_class: str | type) -> Any:
+    """The class of that name; it may still be none of a model.
+
+    Raises:
+        UnsupportedModel: transformers has none, such as where the model's name was given in its place.
+    """
     import transformers  # noqa: PLC0415
 
-    return getattr(transformers, auto_class, None) if isinstance(auto_class, str) else auto_class
-
-
-def _concrete_class(auto_class: str | type, config: PretrainedConfig) -> type[PreTrainedModel]:
-    import transformers  # noqa: PLC0415
-
-    found = _named(auto_class)
+    found = getattr(transformers, auto_class, None) if isinstance(auto_class, str) else auto_class
     if found is None:
         raise UnsupportedModel(
             f"The installed transformers has no class {auto_class!r}. Write one such as 'AutoModel'; "
             "from_pretrained() takes it before the model's name."
         )
+    return found
+
+
+def _concrete_class(auto_class: str | type, config: PretrainedConfig) -> type[PreTrainedModel]:
+    import transformers  # noqa: PLC0415
+
+    found = check_class(auto_class)
     mapping = getattr(found, "_model_mapping", None)
     if mapping is None:
         if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):

@@ -55,7 +55,7 @@ class Security:
 
     Attributes:
         token_file: with a bearer token; looked at for each request, since tokens are rotated; empty: none is sent.
-        ca_file: certificates (PEM) of the authorities that are trusted; empty: those of the system.
+        ca_file: authorities that are trusted (PEM); empty: public ones (gRPC's; over HTTP the system's).
     """
 
     token_file: str = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import tempfile
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["download", "snapshot"]
 
 HOME_VARIABLE = "MODELCACHE_HOME"
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def snapshot(
@@ -50,7 +52,7 @@ def snapshot(
         local_dir: where to put them; None: ``$MODELCACHE_HOME/snapshots/DIGEST`` (``~/.cache/modelcache``).
         address: ``host:port``; default: MODELCACHE_ADDRESS, else ``NAME-weights:9090``.
         token_file: with a bearer token, read anew for each request; default: MODELCACHE_TOKEN_FILE.
-        ca_file: authorities to trust for TLS (PEM); default: MODELCACHE_CA_FILE, else the system's.
+        ca_file: authorities to trust for TLS (PEM); default: MODELCACHE_CA_FILE, else public ones.
         wait_timeout: seconds to wait for a server that is not ready yet.
         timeout: seconds that 64 MiB may take, whatever happens to servers meanwhile.
 
@@ -61,6 +63,7 @@ def snapshot(
         FileNotInSnapshot: no file matches the patterns.
         IntegrityError: a file differs from what was published; it is not in the folder.
         Unavailable: no server delivered in time.
+        OSError: the disk is full, or cannot be written.
 
     Example:
         >>> tokenizer = AutoTokenizer.from_pretrained(snapshot("bert-base", allow_patterns=["*.json", "*.txt"]))
@@ -95,8 +98,14 @@ def download(source: Source, file: File, folder: Path, timeout: float) -> Path:
             _check(Path(part), file)
         Path(part).chmod(0o644)
         Path(part).replace(target)
-    except BaseException:
+    except BaseException as error:
         Path(part).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in _FULL:
+            raise OSError(
+                error.errno,
+                f"{file.path} ({file.size / 2**20:.0f} MiB) does not fit in {target.parent}: {error.strerror}. "
+                f"Make room, or name another folder with local_dir= or {HOME_VARIABLE}",
+            ) from error
         raise
     return target
 

@@ -43,7 +43,7 @@ class StreamingModel:
         cache_size: how many layers stay in memory; None: all.
         address: ``host:port``, several separated by commas; default: the environment's MODELCACHE_ADDRESS.
         token_file: with a bearer token, read anew for each request; default: the environment's MODELCACHE_TOKEN_FILE.
-        ca_file: authorities to trust for TLS (PEM); default: MODELCACHE_CA_FILE, else the system's.
+        ca_file: authorities to trust for TLS (PEM); default: MODELCACHE_CA_FILE, else public ones.
         device: where it computes: cpu, or a CUDA GPU.
         cache_bytes: how many bytes of layers stay in memory, instead of or beside cache_size.
         prefetch_count: how many layers are read ahead, on top of those that stay.

@@ -5,7 +5,6 @@ Weights are mapped, as safetensors maps a file; what has to be put together (mer
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import mmap
@@ -158,8 +157,18 @@ class VolumeSource:
     def _populate(self, path: str, first: int, last: int) -> None:
         """Maps all pages of a range in one system call; one fault for each few pages costs more than reading them."""
         begin = first // mmap.PAGESIZE * mmap.PAGESIZE
-        with contextlib.suppress(OSError):  # An older kernel: they come one fault after another.
-            self.map(path).madvise(_POPULATE_READ, begin, last - begin)
+        mapped = self.map(path)
+        try:
+            mapped.madvise(_POPULATE_READ, begin, last - begin)
+        except OSError as error:
+            if error.errno == errno.EFAULT:  # To read there would be SIGBUS, and the end of this process.
+                raise IntegrityError(
+                    f"{path} on the volume was cut off, or cannot be read, since it was mapped. "
+                    "Run `modelcache fetch --verify` on it.",
+                    path=path,
+                ) from error
+            if error.errno != errno.EINVAL:  # An older kernel: they come one fault after another.
+                raise
 
     def forget(self, tensors: Iterable[Stored]) -> None:
         """Gives the pages of tensors back to the system; who still looks at them reads them again from the file."""

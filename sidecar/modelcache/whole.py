@@ -14,7 +14,7 @@ from modelcache.arguments import check_connections, check_model_args
 from modelcache.connection import connect
 from modelcache.loader import Load, Loader, tensor_at
 from modelcache.plan import BLOCK_BYTES, lay_out, select_tensors
-from modelcache.pretrained import for_its_architecture, load_pretrained, without_progress_bar
+from modelcache.pretrained import check_class, for_its_architecture, load_pretrained, without_progress_bar
 from modelcache.process import pool
 from modelcache.reader import SMALL_STEP_BYTES
 from modelcache.sketch import Leaf
@@ -61,7 +61,7 @@ def load_state_dict(
         name: of the ModelCache, or its repoId.
         address: ``host:port``; default: MODELCACHE_ADDRESS, else ``NAME-weights:9090``.
         token_file: with a bearer token, read anew for each request; default: MODELCACHE_TOKEN_FILE.
-        ca_file: authorities to trust for TLS (PEM); default: MODELCACHE_CA_FILE, else the system's.
+        ca_file: authorities to trust for TLS (PEM); default: MODELCACHE_CA_FILE, else public ones.
         subfolder: of the weights in the repo.
         variant: of the weights (``fp16``).
         progress: whether to show a progress bar; None: only on a terminal.
@@ -110,7 +110,7 @@ def from_pretrained(
         name: of the ModelCache, or its repoId.
         address: ``host:port``; default: MODELCACHE_ADDRESS, else ``NAME-weights:9090``.
         token_file: with a bearer token, read anew for each request; default: MODELCACHE_TOKEN_FILE.
-        ca_file: authorities to trust for TLS (PEM); default: MODELCACHE_CA_FILE, else the system's.
+        ca_file: authorities to trust for TLS (PEM); default: MODELCACHE_CA_FILE, else public ones.
         subfolder: of config and weights in the repo.
         variant: of the weights (``fp16``).
         progress: whether to show a progress bar; None: only on a terminal.
@@ -125,6 +125,7 @@ def from_pretrained(
         TypeError: an argument of ``from_pretrained`` would have no effect here.
     """
     check_model_args(model_args, streamed=False)
+    check_class(auto_class)
     with connect(name, address=address, token_file=token_file, ca_file=ca_file, wait_timeout=wait_timeout) as pinned:
         pretrained = load_pretrained(pinned, auto_class, model_args, subfolder=subfolder, timeout=timeout)
         where = {"subfolder": subfolder, "variant": variant}

@@ -8,6 +8,7 @@ import ssl
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 import pytest
 import torch
 from transformers import BertModel
@@ -21,6 +22,7 @@ from modelcache.grpc_lane import GrpcLane
 from modelcache.lane import LaneBroken
 from modelcache.lease import LeaseKeeper
 from modelcache.security import Security
+from support.cli import run_cli
 from support.client_server import FaultyServer
 from support.models import TINY, BertFiles, save_bert
 from support.server_security import write_certificate
@@ -245,6 +247,14 @@ def test_a_server_that_never_comes_is_not_ready():
         StreamingBertModel("bert-tiny", address=f"127.0.0.1:{free_port()}", wait_timeout=0.5)
 
 
+def test_a_server_that_is_ready_needs_no_waiting(server, folder):
+    with StreamingBertModel("test", address=server.address, wait_timeout=0) as model:
+        assert same(model(IDS), folder)
+    server.ready = False
+    with pytest.raises(NotReady, match=r"after 0 s: .*still fetching"):
+        StreamingBertModel("test", address=server.address, wait_timeout=0)
+
+
 def test_why_a_server_never_came_is_said():
     with pytest.raises(NotReady, match=r"[Rr]efused"):
         StreamingBertModel("bert-tiny", address=f"127.0.0.1:{free_port()}", wait_timeout=1.5)
@@ -282,6 +292,31 @@ def test_a_server_may_take_half_a_second_to_greet():
                     b"".join(iter(lambda: connection.recv(4096), b""))
             with pytest.raises(LaneBroken):
                 asking.result(20)
+
+
+@pytest.mark.parametrize(
+    ("tls", "scheme", "says"),
+    [
+        (True, "", "gRPC's port, 9090, after https:// if it has TLS"),
+        (True, "https://", "signed by an authority in ca_file= or MODELCACHE_CA_FILE"),
+        (False, "https://", "speaks no TLS: leave https:// out"),
+    ],
+    ids=["asked without", "not trusted", "has none"],
+)
+def test_what_is_wrong_with_tls_is_said(tmp_path, tls, scheme, says):
+    service = grpc.server(ThreadPoolExecutor(1))
+    chain, key = write_certificate(tmp_path)
+    credentials = grpc.ssl_server_credentials([(key.read_bytes(), chain.read_bytes())])
+    port = service.add_secure_port("127.0.0.1:0", credentials) if tls else service.add_insecure_port("127.0.0.1:0")
+    service.start()
+    try:
+        with pytest.raises(NotReady, match=says):
+            StreamingBertModel("bert-tiny", address=f"{scheme}127.0.0.1:{port}", wait_timeout=1.5)
+        waiting = run_cli("wait", "--address", f"{scheme}127.0.0.1:{port}", "--timeout", "1s")
+    finally:
+        service.stop(None).wait()
+    assert waiting.returncode == 86
+    assert says in waiting.stderr
 
 
 def test_another_name_than_the_servers_is_said(server, caplog):

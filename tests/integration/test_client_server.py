@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import mmap
 import os
 import random
 import signal
@@ -18,6 +19,8 @@ from transformers import BertModel
 
 import modelcache
 from modelcache import IntegrityError, StreamingBertModel
+from modelcache.plan import select_tensors
+from modelcache.volume_lane import VolumeSource
 from modelcache_volume import Volume
 from support.client_server import FaultyServer
 from support.models import BASE, TINY, BertFiles, cached_bert, minilm, save_bert
@@ -182,6 +185,16 @@ def test_a_damaged_volume_is_found_before_a_wrong_number_is_computed(volume):
         with StreamingBertModel("bert", address=server.address) as model, pytest.raises(IntegrityError) as caught:
             model(IDS)
     assert caught.value.tensor == tensor.name
+
+
+def test_a_mapped_file_that_was_cut_off_is_an_error_and_no_crash(volume):
+    (snapshot,) = Volume.open(volume).snapshots()
+    weights = next(file for file in snapshot.manifest.files if file.path == "model.safetensors")
+    source = VolumeSource(snapshot)
+    source.map(weights.path)
+    os.truncate(snapshot.blob_path(weights), 2 * mmap.PAGESIZE)
+    with pytest.raises(IntegrityError, match=r"model\.safetensors .*--verify"):
+        source.check(select_tensors(snapshot.manifest))
 
 
 @pytest.mark.usefixtures("over_the_wire")

@@ -1,8 +1,10 @@
 """Weights and files in one go."""
 
+import errno
 import functools
 import hashlib
 import io
+import os
 import re
 import time
 
@@ -183,6 +185,25 @@ def test_a_snapshot_holds_the_same_bytes_and_is_not_read_twice(server, folder, t
     assert (target / "config.json").read_bytes() == (folder / "config.json").read_bytes()
 
 
+@pytest.mark.parametrize("volume", [False, True], ids=["over the wire", "from the volume"])
+def test_a_full_disk_is_said_and_leaves_nothing_half(small_disk, tmp_path, monkeypatch, volume):
+    folder = tmp_path / "large"
+    folder.mkdir()
+    safetensors.torch.save_file({"one": torch.rand(2**19)}, folder / "model.safetensors")
+    fetch_folder(folder, tmp_path / "volume", "large")
+    monkeypatch.setenv("MODELCACHE_VOLUME", str(tmp_path / "volume") if volume else "off")
+    disk = os.statvfs(small_disk)
+    (small_disk / "other").write_bytes(bytes(disk.f_bavail * disk.f_frsize - 2**20))
+    target = small_disk / "files"
+    with (
+        ServerProcess.over(tmp_path / "volume") as server,
+        pytest.raises(OSError, match=rf"model\.safetensors \(2 MiB\) .*{target}.*local_dir=") as caught,
+    ):
+        modelcache.snapshot("large", address=server.address, local_dir=target)
+    assert caught.value.errno == errno.ENOSPC
+    assert list(target.iterdir()) == []
+
+
 def test_a_damaged_file_is_not_left_behind(server, tmp_path):
     server.flips = {10: 10**6}
     with pytest.raises(IntegrityError, match=r"config\.json"):
@@ -255,6 +276,15 @@ def test_a_class_for_another_architecture_is_refused(server):
     ):
         with pytest.raises(UnsupportedModel, match=r"LlamaForCausalLM cannot be built from .* a 'bert': .*Auto class"):
             load("x", "LlamaForCausalLM", address=server.address)
+
+
+@pytest.mark.parametrize("given", [{}, {"name": "AutoModel"}])
+@pytest.mark.parametrize("there", ["an address", "no address"])
+@pytest.mark.parametrize("name", ["bert-base", "bert", "org/name"])
+def test_a_name_where_the_class_belongs_is_said(server, name, there, given):
+    where = {"address": server.address} if there == "an address" else {}
+    with pytest.raises(UnsupportedModel, match=f"no class '{name}'.*takes it before the model's name"):
+        modelcache.from_pretrained(name, **given, **where)
 
 
 def test_a_masked_language_model_loads_with_its_tied_head(tmp_path):

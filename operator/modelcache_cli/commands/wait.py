@@ -103,6 +103,8 @@ def _ask(lane: "GrpcLane", target: str, remaining: float) -> "Active | str":
     """What is active now, or why that cannot be said."""
     import grpc
 
+    from modelcache.grpc_lane import connection_advice
+
     try:
         answer = lane.ask_revision("", min(_CALL_SECONDS, remaining))
     except grpc.RpcError as error:
@@ -111,7 +113,9 @@ def _ask(lane: "GrpcLane", target: str, remaining: float) -> "Active | str":
             case grpc.StatusCode.NOT_FOUND:
                 return f"{target} answers, but has no model yet: {details or 'nothing is active'}"
             case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.DEADLINE_EXCEEDED:
-                return f"{target} does not answer: {details or error.code().name}"
+                why = f"{target} does not answer: {details or error.code().name}"
+                advice = connection_advice(details)
+                return f"{why}. {advice}" if advice else why
             case grpc.StatusCode.UNIMPLEMENTED:
                 raise CommandError(Reason.UNAVAILABLE, f"{target} is no ModelCache server: {details}") from None
             case grpc.StatusCode.UNAUTHENTICATED | grpc.StatusCode.PERMISSION_DENIED:
@@ -155,6 +159,6 @@ COMMAND = Command(
     environment=(
         (ADDRESS_VARIABLE, "address of the server, where --address is absent; https://HOST:PORT asks over TLS"),
         (TOKEN_VARIABLE, "file with a bearer token, for a server that wants one"),
-        (CA_VARIABLE, "authorities to trust for TLS (PEM); default: the system's"),
+        (CA_VARIABLE, "authorities to trust for TLS (PEM); default: public ones"),
     ),
 )
