@@ -49,6 +49,10 @@ class Server(NamedTuple):
         return f"{'https' if self.tls else 'http'}://{self.address}:{self.port}"
 
 
+class _Silent(LaneBroken):
+    """The server holds the connection and says nothing: so it would on another one."""
+
+
 class HttpStream:
     """The body of one range response.
 
@@ -76,6 +80,8 @@ class HttpStream:
             self._limit()
             self._transport.send(head.encode("ascii"))
             status, headers, early = self._head()
+        except BlockingIOError as error:
+            raise self._silent() from error
         except OSError as error:
             raise self._broken(error) from error
         if status != 206 and not (status == 200 and offset == 0):
@@ -103,8 +109,7 @@ class HttpStream:
             try:
                 count = self._transport.receive_into(view[:want], self._left)
             except BlockingIOError as error:
-                self._deadline.remaining()
-                raise LaneBroken(f"{self._name()} sent nothing for {STALL_SECONDS:g} s.") from error
+                raise self._silent() from error
             except OSError as error:
                 raise self._broken(error) from error
             if count == 0:
@@ -142,7 +147,7 @@ class HttpStream:
             if end >= 0:
                 break
             if time.monotonic() > until:
-                raise LaneBroken(f"{self._name()} sent no whole answer for {STALL_SECONDS:g} s.")
+                raise _Silent(f"{self._name()} sent no whole answer for {STALL_SECONDS:g} s.")
             if len(received) > _HEADER_BYTES:
                 raise LaneBroken(f"{self._name()} does not speak HTTP.")
         lines = received[:end].decode("latin-1").split("\r\n")
@@ -171,6 +176,10 @@ class HttpStream:
 
     def _limit(self) -> None:
         self._transport.limit(min(self._deadline.remaining(), STALL_SECONDS))
+
+    def _silent(self) -> _Silent:
+        self._deadline.remaining()
+        return _Silent(f"{self._name()} sent nothing for {STALL_SECONDS:g} s.")
 
     def _broken(self, why: object) -> LaneBroken:
         self._deadline.remaining()
@@ -206,9 +215,9 @@ class HttpLane:
             stream = HttpStream(self, server, transport, deadline)
             try:
                 stream.request(target, server.name, offset, length, self._security.authorization())
-            except LaneBroken:
+            except LaneBroken as error:
                 stream.discard()
-                if fresh:
+                if fresh or isinstance(error, _Silent):
                     raise
                 continue  # The server may have closed a connection that was idle; that is no failure of the server.
             except BaseException:

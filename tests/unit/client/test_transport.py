@@ -358,3 +358,25 @@ def test_a_length_that_is_none_is_a_broken_answer(length):
 
     with peer(serve) as port, pytest.raises(LaneBroken, match="where 1000 were asked for"):
         HttpLane(Security()).open(Server(HOST, port, "localhost", tls=False), "a" * 64, "w", 0, 1000, Deadline(10))
+
+
+def test_a_kept_connection_that_falls_silent_is_not_waited_for_on_another(monkeypatch):
+    monkeypatch.setattr("modelcache.http_lane.STALL_SECONDS", 0.3)
+    heads: list[bytes] = []
+
+    def serve(connection: socket.socket) -> None:
+        while head := connection.recv(1000):
+            heads.append(head)
+            if len(heads) == 1:
+                connection.sendall(b"HTTP/1.1 206 Partial Content\r\nContent-Length: 4\r\n\r\nabcd")
+
+    with peer(serve) as port:
+        lane = HttpLane(Security())
+        server = Server(HOST, port, "localhost", tls=False)
+        stream = lane.open(server, "a" * 64, "w", 0, 4, Deadline(10))
+        assert stream.read_into(memoryview(bytearray(4))) == 4
+        stream.close()
+        with pytest.raises(LaneBroken, match=r"sent nothing for 0\.3 s"):
+            lane.open(server, "a" * 64, "w", 0, 4, Deadline(10))
+        lane.close()
+    assert len(heads) == 2
