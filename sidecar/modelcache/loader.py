@@ -221,8 +221,8 @@ class Loader:
         if not load.done.is_set():
             load.fail(
                 Unavailable(
-                    f"{load.name} cannot be loaded here: the model was made in process {self._process}, from which this "
-                    "one was forked. Create it in each process, after the fork."
+                    f"{load.name} cannot be loaded here: the model was made in process {self._process}, from which "
+                    "this one was forked. Create it in each process, after the fork."
                 )
             )
         return True
