@@ -115,13 +115,15 @@ class StreamingModel:
 
     @property
     def model(self) -> PreTrainedModel:
-        """The transformers model itself."""
-        return self._session.architecture.model
+        """The transformers model itself; what is resident of it is there."""
+        if self._finalizer.alive:
+            self._session.cache.wait_for_resident()
+        return self._model
 
     @property
     def config(self) -> Any:
         """The model's config."""
-        return self.model.config
+        return self._model.config
 
     @property
     def digest(self) -> str:
@@ -186,9 +188,9 @@ class StreamingModel:
         Raises:
             UnsupportedModel: the model's class cannot generate.
         """
-        if not self.model.can_generate():
+        if not self._model.can_generate():
             raise UnsupportedModel(
-                f"{type(self.model).__name__} cannot generate: use a class that can, such as "
+                f"{type(self._model).__name__} cannot generate: use a class that can, such as "
                 'auto_class="AutoModelForCausalLM".'
             )
         cache = self._session.cache
@@ -344,17 +346,17 @@ class StreamingModel:
 
     def __getattr__(self, name: str) -> Any:
         """Everything else (generate, get_input_embeddings, …) is the transformers model's."""
-        if name.startswith("_"):
+        if name.startswith("__") or "_finalizer" not in vars(self):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        if hasattr(self.model, name):
+        if hasattr(self._model, name):
             self._session.cache.wait_for_resident()  # Until then, `device` would be meta.
-        attribute = getattr(self.model, name)
+        attribute = getattr(self._model, name)
         if callable(attribute) and not isinstance(attribute, torch.nn.Module):
             return functools.partial(self._run_method, name)
         return attribute
 
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *dir(self.model)})
+        return sorted({*super().__dir__(), *dir(self._model)})
 
     def __repr__(self) -> str:
         cache = self._session.cache
@@ -363,7 +365,11 @@ class StreamingModel:
         here = f"{len(used)} of {len(cache.blocks)} layers here (cache_size {limit}), "
         here += f"{cache.held_bytes() / 2**20:.0f} MiB"
         state = here if self._finalizer.alive else "cleaned up"
-        return f"<{type(self).__name__} {self.model_name!r} {type(self.model).__name__} {self.digest[:12]}: {state}>"
+        return f"<{type(self).__name__} {self.model_name!r} {type(self._model).__name__} {self.digest[:12]}: {state}>"
+
+    @property
+    def _model(self) -> PreTrainedModel:
+        return self._session.architecture.model
 
     def _call_reading_ahead(self, count: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self._session.cache.reading_ahead(count):
@@ -372,7 +378,7 @@ class StreamingModel:
     def _run_method(self, name: str, *args: Any, **kwargs: Any) -> Any:
         result = self._run(lambda model: getattr(model, name)(*args, **kwargs))
         # eval() and its like return the model; alone it would outlive the session that it reads from.
-        return self if result is self.model else result
+        return self if result is self._model else result
 
     def _run(self, call: Callable[[PreTrainedModel], Any]) -> Any:
         session = self._session

@@ -256,6 +256,20 @@ def test_generate_gives_the_same_tokens_and_says_once_what_it_costs(tmp_path, na
             assert not [record for record in caplog.records if "each token" in record.message]
 
 
+@pytest.mark.parametrize("given", [lambda model: model, lambda model: model.model], ids=["itself", "its model"])
+def test_a_streamed_model_assists_another(tmp_path, given):
+    make(tmp_path, "llama")
+    plain = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    wanted = {"input_ids": IDS[:1], "max_new_tokens": 6, "do_sample": False}
+    with (
+        FaultyServer(tmp_path) as server,
+        StreamingModel(auto_class="AutoModelForCausalLM", cache_size=1, address=server.address) as model,
+        StreamingModel(auto_class="AutoModelForCausalLM", cache_size=1, address=server.address) as assistant,
+    ):
+        found = model.generate(**wanted, assistant_model=given(assistant))
+    assert torch.equal(found, plain.generate(**wanted, assistant_model=plain))
+
+
 def test_experts_that_the_model_holds_as_one_are_received_in_place(tmp_path):
     make(tmp_path, "mixtral")
     with (

@@ -630,7 +630,7 @@ import os, sys, torch
 from modelcache import StreamingBertModel, Unavailable
 tokens = torch.zeros((1, 4), dtype=torch.int64)
 torch.set_num_threads(1)
-model = StreamingBertModel("x", 1, address=sys.argv[1], timeout=40)
+model = StreamingBertModel("x", 1, address=sys.argv[1], timeout=600)
 wanted = model(tokens).last_hidden_state
 if os.fork() == 0:
     try:
@@ -648,7 +648,7 @@ model.cleanup()
 
 def test_a_forked_process_is_told_at_once_and_leaves_the_model_to_its_maker(serve):
     command = [sys.executable, "-c", FORKING, serve(BertFiles(config=SMALL)).address]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=35, check=True)  # Less than its timeout=.
+    found = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)  # Less than its timeout=.
     assert "it in each process, after the fork" in found.stdout
 
 
