@@ -10,6 +10,7 @@ import grpc
 from modelcache.address import DEFAULT_PORT
 from modelcache.errors import AccessDenied, AddressError, FileNotInSnapshot, NotReady, RevisionGone
 from modelcache.lane import CorruptAtServer, LaneBroken
+from modelcache_volume.records import manifest_problem
 from modelcache_volume.v1 import manifest_pb2
 from modelcache_wire.v1 import weights_pb2, weights_pb2_grpc
 
@@ -149,7 +150,7 @@ class GrpcLane:
         return response
 
     def manifest(self, digest: str, deadline: Deadline) -> manifest_pb2.Manifest:
-        """The manifest of a snapshot ("" for the active one)."""
+        """The manifest of a snapshot ("" for the active one); one that contradicts itself is LaneBroken."""
         request = weights_pb2.GetManifestRequest(digest=digest) if digest else weights_pb2.GetManifestRequest(ref="")
         manifest = manifest_pb2.Manifest()
         try:
@@ -157,6 +158,11 @@ class GrpcLane:
                 manifest.MergeFrom(part.part)
         except grpc.RpcError as error:
             raise self.translate(error) from error
+        problem = manifest_problem(manifest)
+        if not problem and digest and manifest.digest != digest:
+            problem = f"it is that of {manifest.digest[:12]}"
+        if problem:
+            raise LaneBroken(f"{self.endpoint} sent a manifest that contradicts itself: {problem}.")
         return manifest
 
     def open(self, digest: str, path: str, offset: int, length: int, deadline: Deadline) -> GrpcStream:

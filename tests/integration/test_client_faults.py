@@ -86,6 +86,16 @@ def test_bytes_damaged_twice_raise_in_the_forward_pass(server):
     assert caught.value.tensor == last.name
 
 
+def test_a_manifest_that_arrives_damaged_is_read_again(server, folder, monkeypatch):
+    server.damaged_manifests = 2
+    with StreamingBertModel("test", address=server.address) as model:
+        assert same(model(IDS), folder)
+    server.damaged_manifests = 10**6
+    monkeypatch.setattr("modelcache.connection._MANIFEST_SECONDS", 1.0)
+    with pytest.raises(Unavailable, match=r"manifest that contradicts itself: the tensor .* names a file"):
+        StreamingBertModel("test", address=server.address)
+
+
 def test_bytes_come_over_grpc_where_only_that_port_is_reachable(server, folder):
     server.http = False
     with StreamingBertModel("x", address=server.address) as model:

@@ -59,6 +59,7 @@ class FaultyServer:
         cuts: how many responses still break off.
         flips: file offsets of which a byte is damaged in HTTP responses, and how often still.
         seconds_per_mib: what sending a MiB takes, on both lanes.
+        damaged_manifests: how many manifests still arrive with a wrong bit.
         hold: while clear, HTTP responses stop after their head.
         requests: (path, offset, length) of each HTTP request.
         renewed: digests whose lease was renewed.
@@ -69,6 +70,7 @@ class FaultyServer:
         self.cut_after = self.cuts = 0
         self.flips: dict[int, int] = {}
         self.seconds_per_mib = 0.0
+        self.damaged_manifests = 0
         self._ended = threading.Event()
         self.hold = threading.Event()
         self.hold.set()
@@ -231,6 +233,12 @@ class _Service(weights_pb2_grpc.WeightsServicer):
         manifest = self.server.manifests.get(request.digest or self.server.active)
         if manifest is None:
             _abort(context, grpc.StatusCode.NOT_FOUND, "REVISION_GONE", "pruned")
+        if self.server.damaged_manifests:
+            self.server.damaged_manifests -= 1
+            damaged = manifest_pb2.Manifest()
+            damaged.CopyFrom(manifest)
+            damaged.tensors[0].file ^= 64
+            manifest = damaged
         yield weights_pb2.GetManifestResponse(part=manifest)
 
     def Read(self, request, context):  # noqa: N802
