@@ -6,12 +6,14 @@ import re
 from typing import TYPE_CHECKING, Any, Final
 
 import grpc
+from crc32c import crc32c
+from google.protobuf.message import DecodeError
 
 from modelcache.address import DEFAULT_PORT
 from modelcache.errors import AccessDenied, AddressError, FileNotInSnapshot, NotReady, RevisionGone
 from modelcache.lane import CorruptAtServer, LaneBroken
 from modelcache_volume.records import manifest_problem
-from modelcache_volume.v1 import manifest_pb2
+from modelcache_wire.framing import CHECKSUM_KEY, join_manifest
 from modelcache_wire.v1 import weights_pb2, weights_pb2_grpc
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from modelcache.address import Endpoint
     from modelcache.deadline import Deadline
     from modelcache.security import Security
+    from modelcache_volume.v1 import manifest_pb2
 
 __all__ = ["GrpcLane", "GrpcStream", "connection_advice"]
 
@@ -129,6 +132,12 @@ class GrpcLane:
         else:
             self._channel = grpc.insecure_channel(str(endpoint), options=_OPTIONS)
         self._stub = weights_pb2_grpc.WeightsStub(self._channel)
+        # As bytes, whose checksum is known.
+        self._get_manifest = self._channel.unary_stream(
+            "/modelcache.v1.Weights/GetManifest",
+            request_serializer=weights_pb2.GetManifestRequest.SerializeToString,
+            response_deserializer=bytes,
+        )
 
     def revision(self, known_digest: str, deadline: Deadline) -> weights_pb2.GetRevisionResponse:
         """What is active, and whether ``known_digest`` (whose lease this renews) can be read."""
@@ -150,14 +159,25 @@ class GrpcLane:
         return response
 
     def manifest(self, digest: str, deadline: Deadline) -> manifest_pb2.Manifest:
-        """The manifest of a snapshot ("" for the active one); one that contradicts itself is LaneBroken."""
+        """The manifest of a snapshot ("" for the active one).
+
+        Raises:
+            LaneBroken: the call failed; or what came is not what was sent, or contradicts itself.
+        """
         request = weights_pb2.GetManifestRequest(digest=digest) if digest else weights_pb2.GetManifestRequest(ref="")
-        manifest = manifest_pb2.Manifest()
         try:
-            for part in self._stub.GetManifest(request, timeout=deadline.remaining(), metadata=self._metadata()):
-                manifest.MergeFrom(part.part)
+            call = self._get_manifest(request, timeout=deadline.remaining(), metadata=self._metadata())
+            responses = list(call)
+            sent = dict(call.trailing_metadata() or ()).get(CHECKSUM_KEY)
         except grpc.RpcError as error:
             raise self.translate(error) from error
+        # Others than ours need not send one; then only contradictions show.
+        if sent is not None and sent != f"{crc32c(b''.join(responses)):08x}":
+            raise LaneBroken(f"A manifest of {self.endpoint} arrived damaged.")
+        try:
+            manifest = join_manifest(weights_pb2.GetManifestResponse.FromString(each).part for each in responses)
+        except DecodeError as error:
+            raise LaneBroken(f"{self.endpoint} sent what is no manifest: {error}.") from error
         problem = manifest_problem(manifest)
         if not problem and digest and manifest.digest != digest:
             problem = f"it is that of {manifest.digest[:12]}"

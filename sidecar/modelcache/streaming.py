@@ -108,6 +108,7 @@ class StreamingModel:
         self._warned = False
         self._statistics_lock = threading.Lock()
         self._refreshing = threading.Lock()
+        self._moving = threading.Lock()
         self._session = self._open(
             connect(model_name, address=address, token_file=token_file, ca_file=ca_file, wait_timeout=wait_timeout)
         )
@@ -313,9 +314,14 @@ class StreamingModel:
         if response.active.digest == self.digest:
             return False
         old = self._session
-        self._session = self._open(old.snapshot.follow(response.active.digest, response.volume_path))
-        self._finalizer.detach()
-        self._finalizer = weakref.finalize(self, self._session.close)
+        new = self._open(old.snapshot.follow(response.active.digest, response.volume_path))
+        with self._moving:
+            if self._finalizer.detach() is not None:
+                self._session = new
+                self._finalizer = weakref.finalize(self, new.close)
+        if self._session is old:
+            new.close()
+            raise Cancelled("The model was cleaned up while it was refreshed; create it anew.")
         old.close_when_idle()
         return True
 
@@ -325,7 +331,8 @@ class StreamingModel:
         Returns:
             Nothing to wait for: it is there for programs that say ``await model.cleanup()``.
         """
-        self._finalizer()
+        with self._moving:
+            self._finalizer()
         return _Done()
 
     def __enter__(self) -> Self:

@@ -14,7 +14,7 @@ import torch
 from transformers import BertModel
 
 import modelcache
-from modelcache import IntegrityError, NotReady, RevisionGone, StreamingBertModel, Unavailable
+from modelcache import Cancelled, IntegrityError, NotReady, RevisionGone, StreamingBertModel, Unavailable
 from modelcache.address import Endpoint
 from modelcache.connection import connect
 from modelcache.deadline import Deadline
@@ -86,13 +86,29 @@ def test_bytes_damaged_twice_raise_in_the_forward_pass(server):
     assert caught.value.tensor == last.name
 
 
-def test_a_manifest_that_arrives_damaged_is_read_again(server, folder, monkeypatch):
+def _another_name(tensor):
+    tensor.name = tensor.name[:-1] + chr(ord(tensor.name[-1]) ^ 1)
+
+
+def _another_file(tensor):
+    tensor.file ^= 64
+
+
+@pytest.mark.parametrize(
+    ("damage", "checksums", "said"),
+    [
+        (_another_name, True, "arrived damaged"),
+        (_another_file, False, "contradicts itself: the tensor .* names a file"),
+    ],
+)
+def test_a_manifest_that_arrives_damaged_is_read_again(server, folder, monkeypatch, damage, checksums, said):
+    server.damage, server.manifest_checksums = damage, checksums
     server.damaged_manifests = 2
     with StreamingBertModel("test", address=server.address) as model:
         assert same(model(IDS), folder)
     server.damaged_manifests = 10**6
     monkeypatch.setattr("modelcache.connection._MANIFEST_SECONDS", 1.0)
-    with pytest.raises(Unavailable, match=r"manifest that contradicts itself: the tensor .* names a file"):
+    with pytest.raises(Unavailable, match=said):
         StreamingBertModel("test", address=server.address)
 
 
@@ -172,6 +188,25 @@ def test_a_revision_rolled_during_a_forward_pass_changes_nothing_in_it(server, f
         refreshed.join()
         assert same(found[0], folder)
         assert same(model(IDS), newer)
+
+
+def test_a_model_that_is_cleaned_up_during_a_refresh_leaves_nothing_open(server, folder, tmp_path):
+    newer = save_bert(tmp_path / "newer", BertFiles(config=LARGER, seed=7))
+    model = StreamingBertModel("x", address=server.address)
+    assert same(model(IDS), folder)
+    server.publish(newer, commit="b" * 40)
+    before = len(server.requests)
+    server.hold.clear()
+    with ThreadPoolExecutor(1) as threads:
+        refreshed = threads.submit(model.refresh)
+        server.wait_for_request(before)
+        model.cleanup()
+        server.hold.set()
+        with pytest.raises(Cancelled):
+            refreshed.result(timeout=60)
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("modelcache-")]
+    with pytest.raises(Cancelled):
+        model(IDS)
 
 
 def test_a_refresh_waits_for_a_server_that_is_away_and_then_says_so(folder):

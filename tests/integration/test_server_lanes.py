@@ -10,12 +10,13 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+from crc32c import crc32c
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from modelcache_server.streams import PlainStream
 from modelcache_volume import BLOCK_BYTES
-from modelcache_wire.framing import join_manifest
+from modelcache_wire.framing import CHECKSUM_KEY, join_manifest
 from modelcache_wire.v1 import weights_pb2, weights_pb2_grpc
 from support.server_volume import (
     HOST,
@@ -274,6 +275,14 @@ def test_the_manifest_comes_by_digest_ref_or_commit(server, stub, digest):
         with pytest.raises(grpc.RpcError) as caught:
             manifest(**which)
         assert (caught.value.code(), reason_of(caught.value)) == (grpc.StatusCode.NOT_FOUND, reason)
+
+
+def test_a_manifest_comes_with_the_checksum_of_its_bytes(server):
+    with grpc.insecure_channel(f"{HOST}:{server.addresses.grpc}") as channel:
+        ask = channel.unary_stream("/modelcache.v1.Weights/GetManifest")  # requests and responses as bytes
+        call = ask(weights_pb2.GetManifestRequest(ref="").SerializeToString())
+        received = b"".join(call)
+        assert dict(call.trailing_metadata())[CHECKSUM_KEY] == f"{crc32c(received):08x}"
 
 
 def test_get_revision_links_to_the_other_lane_and_knows_what_is_here(server, stub, digest):

@@ -11,15 +11,18 @@ import socket
 import socketserver
 import sys
 import threading
+from collections.abc import Callable
 from concurrent import futures
 from pathlib import Path
 from typing import Self
 from urllib.parse import unquote
 
 import grpc
+from crc32c import crc32c
 
 from modelcache_volume import ContentHasher, SafetensorsIndexer, build_manifest, is_index_file
 from modelcache_volume.v1 import manifest_pb2
+from modelcache_wire.framing import CHECKSUM_KEY
 from modelcache_wire.v1 import weights_pb2, weights_pb2_grpc
 
 STEP = 4 * 2**20
@@ -59,7 +62,9 @@ class FaultyServer:
         cuts: how many responses still break off.
         flips: file offsets of which a byte is damaged in HTTP responses, and how often still.
         seconds_per_mib: what sending a MiB takes, on both lanes.
-        damaged_manifests: how many manifests still arrive with a wrong bit.
+        damaged_manifests: how many manifests still arrive damaged.
+        damage: what happens to their first tensor.
+        manifest_checksums: whether manifests come with their checksum.
         hold: while clear, HTTP responses stop after their head.
         requests: (path, offset, length) of each HTTP request.
         renewed: digests whose lease was renewed.
@@ -71,6 +76,8 @@ class FaultyServer:
         self.flips: dict[int, int] = {}
         self.seconds_per_mib = 0.0
         self.damaged_manifests = 0
+        self.damage: Callable[[manifest_pb2.Tensor], None] = lambda _: None
+        self.manifest_checksums = True
         self._ended = threading.Event()
         self.hold = threading.Event()
         self.hold.set()
@@ -233,13 +240,16 @@ class _Service(weights_pb2_grpc.WeightsServicer):
         manifest = self.server.manifests.get(request.digest or self.server.active)
         if manifest is None:
             _abort(context, grpc.StatusCode.NOT_FOUND, "REVISION_GONE", "pruned")
+        response = weights_pb2.GetManifestResponse(part=manifest)
+        if self.server.manifest_checksums:
+            context.set_trailing_metadata(((CHECKSUM_KEY, f"{crc32c(response.SerializeToString()):08x}"),))
         if self.server.damaged_manifests:
             self.server.damaged_manifests -= 1
-            damaged = manifest_pb2.Manifest()
-            damaged.CopyFrom(manifest)
-            damaged.tensors[0].file ^= 64
-            manifest = damaged
-        yield weights_pb2.GetManifestResponse(part=manifest)
+            damaged = weights_pb2.GetManifestResponse()
+            damaged.CopyFrom(response)
+            self.server.damage(damaged.part.tensors[0])
+            response = damaged
+        yield response
 
     def Read(self, request, context):  # noqa: N802
         if request.digest not in self.server.manifests:

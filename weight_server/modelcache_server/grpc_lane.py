@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 import grpc
+from crc32c import crc32c
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -23,7 +24,7 @@ from modelcache_server.reader import BlockReader, pieces
 from modelcache_server.routes import Authorize
 from modelcache_server.store import ServedFile
 from modelcache_volume import LEASE_SECONDS
-from modelcache_wire.framing import split_manifest
+from modelcache_wire.framing import CHECKSUM_KEY, split_manifest
 from modelcache_wire.v1 import weights_pb2, weights_pb2_grpc
 
 _log = logging.getLogger(__name__)
@@ -85,15 +86,19 @@ class WeightsService(weights_pb2_grpc.WeightsServicer):
     def GetManifest(  # noqa: N802
         self, request: weights_pb2.GetManifestRequest, context: grpc.ServicerContext
     ) -> Iterator[weights_pb2.GetManifestResponse]:
-        """A manifest in parts."""
+        """A manifest in parts; after the last, their checksum: names and shapes are as easily damaged as weights."""
         with self._call("GetManifest", context) as call:
             catalog = self._catalog
             by_digest = request.WhichOneof("which") == "digest"
             snapshot = catalog.get(request.digest) if by_digest else catalog.resolve(request.ref)
             catalog.renew_lease(snapshot.digest)
+            checksum = 0
             for part in split_manifest(snapshot.manifest, MESSAGE_BYTES):
                 call.sent += part.ByteSize()
-                yield weights_pb2.GetManifestResponse(part=part)
+                response = weights_pb2.GetManifestResponse(part=part)
+                checksum = crc32c(response.SerializeToString(), checksum)
+                yield response
+            context.set_trailing_metadata(((CHECKSUM_KEY, f"{checksum:08x}"),))
 
     def Read(  # noqa: N802
         self, request: weights_pb2.ReadRequest, context: grpc.ServicerContext

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
     from google.protobuf.message import Message
 
+# Metadata after the last part: CRC-32C (8 hex digits) of all responses' bytes, one after another.
+CHECKSUM_KEY = "modelcache-crc32c"
 _REPEATED: tuple[Literal["files", "weight_sets", "tensors"], ...] = ("files", "weight_sets", "tensors")
 
 
