@@ -13,13 +13,12 @@ import re
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
 from urllib.parse import unquote, urlsplit
-
-from modelcache_server import congestion
 
 SEND_BYTES = 4 * 2**20
 
@@ -250,7 +249,6 @@ class _Server(ThreadingHTTPServer):
 
     def __init__(self, handler: type[FileHandler]) -> None:
         super().__init__(("127.0.0.1", 0), handler)
-        congestion.choose(self.socket)  # As the weight server's: benches compare it with others who read from here.
         self._open: set[socket.socket] = set()
         self._guard = threading.Lock()
 
@@ -282,6 +280,7 @@ class Served:
     def __init__(self, handler: type[FileHandler], ledger: Ledger, **attributes: object) -> None:
         bound = type(handler.__name__, (handler,), {"ledger": ledger, **attributes})
         self._server = _Server(bound)
+        self.listener = self._server.socket
         self.port: int = self._server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
@@ -304,10 +303,11 @@ class _FolderHandler(FileHandler):
 
 
 @contextlib.contextmanager
-def serve_folder(root: Path):
-    """Serve the files of a folder; yields (base URL, ledger)."""
+def serve_folder(root: Path, *, prepare: Callable[[socket.socket], object] = lambda _: None):
+    """Serve the files of a folder; yields (base URL, ledger). `prepare` is given the listening socket."""
     ledger = Ledger()
     served = Served(_FolderHandler, ledger, root=root)
+    prepare(served.listener)
     try:
         yield served.url, ledger
     finally:
