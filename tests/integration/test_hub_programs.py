@@ -47,10 +47,8 @@ def model(tmp_path_factory) -> Iterator[tuple[Running, str]]:
     """The real MiniLM, fetched from a hub and served."""
     with hub_world(tmp_path_factory.mktemp("minilm")) as world:
         root = minilm()
-        commit = world.hub.commit(
-            MINILM,
-            {p.relative_to(root).as_posix(): p for p in root.rglob("*") if p.is_file() and "cache" not in str(p)},
-        )
+        files = {path.relative_to(root).as_posix(): path for path in root.rglob("*") if path.is_file()}
+        commit = world.hub.commit(MINILM, {name: path for name, path in files.items() if "cache" not in name})
         world.fetch(repo=MINILM)
         with running(world.volume, cache_bytes=128 << 20) as server:
             yield server, commit
