@@ -24,9 +24,8 @@ __all__ = ["SMALL_STEP_BYTES", "STEP_BYTES", "Source", "read_run"]
 # One system call, and one turn at the interpreter lock: a busy main thread gives it up only each 5 ms. The layer of a
 # base model is two or three of these.
 STEP_BYTES: Final = 4 * BLOCK_BYTES
-# Where nothing computes meanwhile and nobody else fills the pause: checked while it is still in the core's own cache,
-# and before the connection's buffers fill up, so that the sender never waits for a checksum.
-SMALL_STEP_BYTES: Final = 256 * 2**10
+# Where nothing computes meanwhile: checked while it is still in a core's cache, and with few calls.
+SMALL_STEP_BYTES: Final = 2 * 2**20
 _BACKOFF_SECONDS: Final = (0.0, 0.02, 0.1, 0.3, 0.5)
 
 

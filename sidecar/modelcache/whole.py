@@ -13,7 +13,7 @@ from modelcache.architecture import Binding, Component
 from modelcache.arguments import check_connections, check_model_args
 from modelcache.connection import connect
 from modelcache.loader import Load, Loader, tensor_at
-from modelcache.plan import BLOCK_BYTES, lay_out, select_tensors
+from modelcache.plan import lay_out, select_tensors
 from modelcache.pretrained import check_class, for_its_architecture, load_pretrained, without_progress_bar
 from modelcache.process import pool
 from modelcache.reader import SMALL_STEP_BYTES
@@ -159,8 +159,7 @@ def _load(
     if volume is not None and all(tensor.can_be_mapped for tensor in tensors):
         return _map(volume, tensors, bar, verify=verify)
     source = volume or pinned
-    step = SMALL_STEP_BYTES if connections == 1 else BLOCK_BYTES
-    loader = Loader(pool, workers=connections, name=f"modelcache-load-{name}", step_bytes=step)
+    loader = Loader(pool, workers=connections, name=f"modelcache-load-{name}", step_bytes=SMALL_STEP_BYTES)
     begun: list[tuple[Component, Load]] = []
     found: dict[str, torch.Tensor] = {}
     try:

@@ -13,7 +13,6 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -280,7 +279,6 @@ class Served:
     def __init__(self, handler: type[FileHandler], ledger: Ledger, **attributes: object) -> None:
         bound = type(handler.__name__, (handler,), {"ledger": ledger, **attributes})
         self._server = _Server(bound)
-        self.listener = self._server.socket
         self.port: int = self._server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
@@ -303,11 +301,10 @@ class _FolderHandler(FileHandler):
 
 
 @contextlib.contextmanager
-def serve_folder(root: Path, *, prepare: Callable[[socket.socket], object] = lambda _: None):
-    """Serve the files of a folder; yields (base URL, ledger). `prepare` is given the listening socket."""
+def serve_folder(root: Path):
+    """Serve the files of a folder; yields (base URL, ledger)."""
     ledger = Ledger()
     served = Served(_FolderHandler, ledger, root=root)
-    prepare(served.listener)
     try:
         yield served.url, ledger
     finally:

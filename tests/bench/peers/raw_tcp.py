@@ -1,7 +1,6 @@
 """A file in memory, sent over plain TCP: `python -m bench.peers.raw_tcp FILE` prints its port.
 
-A request is offset and length (two little-endian uint64), the answer the bytes, sent with one call per 4 MiB. They are
-not paced, as the weight server's are not.
+A request is offset and length (two little-endian uint64), the answer the bytes, sent with one call per 4 MiB.
 """
 
 import socket
@@ -11,7 +10,6 @@ import threading
 from pathlib import Path
 
 from bench.memory import file_in_memory
-from modelcache_server import congestion
 
 REQUEST = struct.Struct("<QQ")
 STEP_BYTES = 4 << 20
@@ -47,7 +45,6 @@ def _serve(connection: socket.socket, content: memoryview) -> None:
 def main() -> None:
     content = file_in_memory(Path(sys.argv[1]))
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        congestion.choose(listener)
         print("port", listener.getsockname()[1], flush=True)
         while True:
             connection, _ = listener.accept()

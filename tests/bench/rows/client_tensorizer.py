@@ -4,7 +4,6 @@ from bench.measure import Pair, interleaved
 from bench.registry import NotMeasurable, Row, Run, benchmark
 from bench.rows.client_load import GIBIBYTE
 from bench.setting import ServedBert
-from modelcache_server import congestion
 from support.sendfile_server import serve_folder
 
 # Where two cores send and receive, bare sockets are not five times as fast as tensorizer (client.load.tensorizer.bare):
@@ -21,7 +20,7 @@ def tensorizer(run: Run) -> dict[str, Pair]:
     """load_state_dict, checksums checked, against TensorDeserializer of an http:// URL, hashes not checked.
 
     Its file comes from the page cache by sendfile; it chooses how many connections it reads by itself. Ours and the
-    bare sockets have two. None of the three is paced.
+    bare sockets have two.
     """
     try:
         import tensorizer  # noqa: F401
@@ -30,7 +29,7 @@ def tensorizer(run: Run) -> dict[str, Pair]:
     bert = ServedBert.serve(run, GIBIBYTE)
     folder = run.folder / "tensorizer"
     folder.mkdir()
-    url, _ = run.closing.enter_context(serve_folder(folder, prepare=congestion.choose))
+    url, _ = run.closing.enter_context(serve_folder(folder))
     workers = {
         "ours": bert.worker("client_load", bert.address, "2", "verify"),
         "bare": bert.worker("read_raw_tcp", bert.peer("raw_tcp"), str(bert.size), "2"),
