@@ -726,6 +726,21 @@ def test_an_upgrade_of_the_operator_fetches_nothing_and_rolls_the_servers_in_tur
     assert world.names("Job") == jobs
 
 
+# What a Deployment of generation 2 says of itself, from before its controller saw the change.
+ALL_SERVERS_ARE_NEW = {
+    "observedGeneration": 2,
+    "replicas": 1,
+    "updatedReplicas": 1,
+    "readyReplicas": 1,
+    "availableReplicas": 1,
+}
+SERVERS_OF_BEFORE_ARE_LEFT = (
+    ALL_SERVERS_ARE_NEW | {"observedGeneration": 1},
+    ALL_SERVERS_ARE_NEW | {"updatedReplicas": 0},
+    ALL_SERVERS_ARE_NEW | {"replicas": 2},
+)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -743,13 +758,8 @@ def test_a_change_of_the_servers_is_up_to_date_when_no_server_of_before_runs_any
     first = world.step().status["conditions"]
     assert [(c["status"], c["reason"]) for c in first if c["type"] == "UpToDate"] == [("False", "RollingOut")]
     world.deployment()["metadata"]["generation"] = 2
-    old = {"replicas": 1, "updatedReplicas": 1, "readyReplicas": 1, "availableReplicas": 1}
-    for counts in (
-        {"observedGeneration": 1},
-        {"observedGeneration": 2, "updatedReplicas": 0},
-        {"observedGeneration": 2, "replicas": 2, "updatedReplicas": 1},
-    ):
-        world.deployment()["status"] = old | counts
+    for status in SERVERS_OF_BEFORE_ARE_LEFT:
+        world.deployment()["status"] = status
         world.settle()
         assert world.conditions["UpToDate"] == ("False", "RollingOut")
         assert world.conditions["Ready"] == ("True", "Serving"), "servers of before still read"
@@ -760,7 +770,7 @@ def test_a_change_of_the_servers_is_up_to_date_when_no_server_of_before_runs_any
     world.settle()
     assert world.conditions["UpToDate"] == ("False", "ImagePullError")
     world.objects.pop(("Pod", "new"))
-    world.deployment()["status"] = old | {"observedGeneration": 2}
+    world.deployment()["status"] = ALL_SERVERS_ARE_NEW
     world.settle()
     assert world.conditions == READY
 
@@ -776,16 +786,11 @@ def test_the_endpoint_is_that_of_the_servers_that_run():
     world.slots["rollout"] = True
     world.step()
     world.deployment()["metadata"]["generation"] = 2
-    old = {"replicas": 1, "updatedReplicas": 1, "readyReplicas": 1, "availableReplicas": 1}
-    for counts in (
-        {"observedGeneration": 1},
-        {"observedGeneration": 2, "updatedReplicas": 0},
-        {"observedGeneration": 2, "replicas": 2, "updatedReplicas": 1},
-    ):
-        world.deployment()["status"] = old | counts
+    for status in SERVERS_OF_BEFORE_ARE_LEFT:
+        world.deployment()["status"] = status
         world.settle()
         assert world.cr["status"]["endpoint"]["http"] == f"http://{host}"
-    world.deployment()["status"] = old | {"observedGeneration": 2}
+    world.deployment()["status"] = ALL_SERVERS_ARE_NEW
     world.settle()
     assert world.cr["status"]["endpoint"]["http"] == f"https://{host}"
 
