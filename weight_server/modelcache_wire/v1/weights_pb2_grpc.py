@@ -65,6 +65,7 @@ class WeightsServicer(object):
 
     def GetManifest(self, request, context):
         """The manifest of a snapshot, in parts to be merged in order (protobuf's merge: repeated fields append).
+        Trailing metadata modelcache-crc32c: CRC-32C (8 hex digits) of all responses' bytes, one after another.
         NOT_FOUND with reason REVISION_GONE: the digest is not on the volume; UNKNOWN_REF: no such ref.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -114,6 +114,7 @@ class WeightsStub(typing.Generic[_WeightsGetRevisionType, _WeightsGetManifestTyp
 
     GetManifest: _WeightsGetManifestType
     """The manifest of a snapshot, in parts to be merged in order (protobuf's merge: repeated fields append).
+    Trailing metadata modelcache-crc32c: CRC-32C (8 hex digits) of all responses' bytes, one after another.
     NOT_FOUND with reason REVISION_GONE: the digest is not on the volume; UNKNOWN_REF: no such ref.
     """
 
@@ -157,6 +158,7 @@ class WeightsServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[modelcache_wire.v1.weights_pb2.GetManifestResponse], collections.abc.AsyncIterator[modelcache_wire.v1.weights_pb2.GetManifestResponse]]:
         """The manifest of a snapshot, in parts to be merged in order (protobuf's merge: repeated fields append).
+        Trailing metadata modelcache-crc32c: CRC-32C (8 hex digits) of all responses' bytes, one after another.
         NOT_FOUND with reason REVISION_GONE: the digest is not on the volume; UNKNOWN_REF: no such ref.
         """
 
