@@ -81,8 +81,8 @@ def _up_to_date(observed: Observed, actions: Actions, planned: Planned, fetched:
         return Condition(UP_TO_DATE, "False", fetched.condition.reason, fetched.condition.message)
     if served.is_wanted and not served.condition.is_true:
         return Condition(UP_TO_DATE, "False", served.condition.reason, served.condition.message)
-    if served.rolling is not None:
-        return Condition(UP_TO_DATE, "False", *served.rolling)
+    if served.behind is not None:
+        return Condition(UP_TO_DATE, "False", *served.behind)
     active = fetched.active
     if active is None:
         raise AssertionError("Fetched is True although nothing is active")

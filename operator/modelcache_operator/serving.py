@@ -28,14 +28,14 @@ class Served:
         endpoint: status.endpoint.
         server: status.server.
         is_wanted: Whether there are to be servers at all.
-        rolling: (reason, message) while servers run that are not made as the spec asks for now.
+        behind: (reason, message) while the servers are not those that the spec asks for now.
     """
 
     condition: Condition
     endpoint: dict[str, Any] = field(default_factory=dict)
     server: dict[str, Any] = field(default_factory=dict)
     is_wanted: bool = True
-    rolling: tuple[str, str] | None = None
+    behind: tuple[str, str] | None = None
 
 
 def serve(observed: Observed, settings: Settings, actions: Actions, stored: Stored, active: Active | None) -> Served:
@@ -64,10 +64,11 @@ def serve(observed: Observed, settings: Settings, actions: Actions, stored: Stor
         return Served(conflict, {}, counts)
     for wanted in server.services(observed.cr, observed.spec):
         actions.ensure(wanted, observed.services.get(wanted["metadata"]["name"]))
-    trouble = _deploy(observed, settings, actions, stored, active)
+    trouble, waiting = _deploy(observed, settings, actions, stored, active)
     condition = trouble or _condition(observed, actions, active)
     rolling = _rolling(observed, actions)
-    return Served(condition, _endpoint(observed, is_rolling=rolling is not None), counts, rolling=rolling)
+    endpoint = _endpoint(observed, is_rolling=rolling is not None)
+    return Served(condition, endpoint, counts, behind=waiting or rolling)
 
 
 def _rolling(observed: Observed, actions: Actions) -> tuple[str, str] | None:
@@ -106,14 +107,18 @@ def _conflict(observed: Observed, actions: Actions) -> Condition | None:
 
 def _deploy(
     observed: Observed, settings: Settings, actions: Actions, stored: Stored, active: Active | None
-) -> Condition | None:
-    """Apply Deployment and key set where that is called for; what keeps it from being applied otherwise."""
+) -> tuple[Condition | None, tuple[str, str] | None]:
+    """Apply Deployment and key set where that is called for.
+
+    Returns:
+        Serving, where it is known already; (reason, message) of what the Deployment waits for before it is applied.
+    """
     live = observed.deployment
     spec = observed.spec
     if stored.claim is None or active is None:
         replicas = 0
         if live is None:
-            return None
+            return None, None
     else:
         replicas = spec.server.replicas
     keys = observed.keys if spec.server.access.mode == "Token" else None
@@ -121,7 +126,7 @@ def _deploy(
         if keys is None:
             actions.look_again(10)
             text = "The cluster's public keys (/openid/v1/jwks) cannot be read; servers that verify tokens need them."
-            return Condition(SERVING, "False", "KeySetUnavailable", text)
+            return Condition(SERVING, "False", "KeySetUnavailable", text), None
         actions.ensure(server.key_set(observed.cr, keys), observed.key_set)
     else:
         actions.remove(observed.key_set)
@@ -136,24 +141,26 @@ def _deploy(
         replicas=replicas,
         keys=keys,
     )
-    _roll(observed, actions, wanted, live)
-    return None
+    return None, _roll(observed, actions, wanted, live)
 
 
-def _roll(observed: Observed, actions: Actions, wanted: Object, live: Object | None) -> None:
+def _roll(observed: Observed, actions: Actions, wanted: Object, live: Object | None) -> tuple[str, str] | None:
     """Apply the Deployment; a change that restarts pods waits for its turn: an upgrade moves a few at a time."""
     if live is None:
         actions.ensure(wanted, live)
-        return
+        return None
     if not is_changed(live, marked_object(wanted)):
-        return
+        return None
     going_down = wanted["spec"]["replicas"] == 0
     if not _restarts(live, wanted) or going_down or observed.slots.get("rollout"):
         actions.ensure(wanted, live)
-    elif "rollout" not in observed.slots:
+        return None
+    if "rollout" not in observed.slots:
         actions.asks.add("rollout")
     else:
         actions.look_again(ROLLOUT_WAIT_SECONDS)
+    text = "As many servers are replaced as the operator allows (maxRollouts); this change waits for its turn."
+    return "WaitingForTurn", text
 
 
 def _restarts(live: Object, wanted: Object) -> bool:

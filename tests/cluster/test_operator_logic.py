@@ -251,9 +251,13 @@ def test_an_upgrade_fetches_nothing_again_and_rolls_one_server_after_the_other(s
     try:
         upgraded = {"MODELCACHE_IMAGE": "modelcache:next", "MODELCACHE_MAX_ROLLOUTS": "1"}
         with operator(server, tmp_path, MODELCACHE_NAMESPACES=namespace, **upgraded):
-            wait_until(lambda: images().count("modelcache:next") == 1)
+            waiting = [("False", "RollingOut"), ("False", "WaitingForTurn"), ("False", "WaitingForTurn")]
+            wait_until(lambda: sorted(m.conditions()["UpToDate"] for m in models) == waiting)
+            in_line = [m for m in models if "WaitingForTurn" in m.conditions()["UpToDate"]]
+            before = [m.get()["metadata"]["resourceVersion"] for m in in_line]
             sleep(3)
             assert images().count("modelcache:next") == 1
+            assert [m.get()["metadata"]["resourceVersion"] for m in in_line] == before, "who waits has nothing to write"
             assert all(m.conditions()["Ready"][0] == "True" for m in models), "the old ones serve until the new do"
             node.hold.discard("server")
             wait_until(lambda: images() == ["modelcache:next"] * 3)

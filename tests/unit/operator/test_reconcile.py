@@ -719,11 +719,56 @@ def test_an_upgrade_of_the_operator_fetches_nothing_and_rolls_the_servers_in_tur
     decision = world.settle()
     assert decision.requeue_after == 300
     assert world.deployment()["spec"]["template"]["spec"]["containers"][0]["image"] == "modelcache:test"
-    assert world.conditions == READY
+    assert world.conditions == READY | {"UpToDate": ("False", "WaitingForTurn")}, "they serve, and are of before"
     world.slots["rollout"] = True
     world.settle()
     assert world.deployment()["spec"]["template"]["spec"]["containers"][0]["image"] == "modelcache:next"
     assert world.names("Job") == jobs
+
+
+def test_servers_that_wait_for_their_turn_are_not_up_to_date_until_they_are_replaced():
+    """Who waits for UpToDate after a change of the servers must not be told that it is done before it began."""
+    world = World().to_ready()
+    world.slots["rollout"] = False
+    world.change(server={"cacheSize": "128Mi", "replicas": 2})
+    first = world.step()
+    assert world.conditions == READY | {"UpToDate": ("False", "WaitingForTurn")}
+    assert "waits for its turn" in world.message("UpToDate")
+    before = world.writes
+    world.now += first.requeue_after
+    world.step()
+    assert world.writes == before, "an operator that looks again, or begins anew, has nothing to write"
+    world.slots["rollout"] = True
+    world.step()
+    assert world.conditions["UpToDate"] == ("False", "RollingOut")
+    world.deployment()["metadata"]["generation"] = 2
+    world.deployment()["status"] = ALL_SERVERS_ARE_NEW
+    world.settle()
+    assert world.conditions == READY
+
+
+def test_a_change_of_the_servers_that_is_taken_back_while_it_waits_is_up_to_date_at_once():
+    world = World().to_ready()
+    world.slots["rollout"] = False
+    world.change(server={"cacheSize": "128Mi"})
+    world.settle()
+    assert world.conditions["UpToDate"] == ("False", "WaitingForTurn")
+    world.change(server={})
+    world.settle()
+    assert world.conditions == READY
+
+
+def test_servers_that_came_up_while_another_change_of_them_waits_are_where_clients_connect():
+    world = World().to_ready()
+    world.change(server={"access": {"tls": {"secretName": "tls"}}})
+    world.step()
+    world.slots["rollout"] = False
+    world.change(server={"access": {"tls": {"secretName": "tls"}}, "cacheSize": "128Mi"})
+    world.deployment()["metadata"]["generation"] = 2
+    world.deployment()["status"] = ALL_SERVERS_ARE_NEW
+    world.settle()
+    assert world.conditions["UpToDate"] == ("False", "WaitingForTurn")
+    assert world.cr["status"]["endpoint"]["http"] == "https://bert-weights.ns.svc:8080"
 
 
 # What a Deployment of generation 2 says of itself, from before its controller saw the change.
