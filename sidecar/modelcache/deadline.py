@@ -96,7 +96,7 @@ class Deadline:
             why = f" Last: {self._last_error.rstrip('. ')}." if self._last_error else ""
             raise Unavailable(
                 f"No weight server delivered within {self.seconds:g} s.{why} Check that it runs and can be reached; "
-                "what was already read is kept, so the call can be repeated."
+                "the call can be repeated."
             )
         return left
 

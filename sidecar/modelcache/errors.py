@@ -45,7 +45,10 @@ class NotReady(ModelCacheError):
 
 
 class Unavailable(ModelCacheError):
-    """No server answered until the deadline; what was read so far is kept, and the call can be repeated."""
+    """No server answered until the deadline; the call can be repeated.
+
+    Layers of a streamed model and files of ``snapshot()`` that were whole are kept; a whole load begins anew.
+    """
 
 
 class RevisionGone(ModelCacheError):

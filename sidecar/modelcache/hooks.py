@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from modelcache.architecture import Component
     from modelcache.cache import ComponentCache
 
-__all__ = ["guard", "stream_block", "time_calls"]
+__all__ = ["guard", "refuse_copy", "stream_block", "time_calls"]
 
 
 def stream_block(component: Component, cache: ComponentCache) -> None:
@@ -90,8 +90,17 @@ def guard(model: PreTrainedModel, cache: ComponentCache, device: str | torch.dev
             train=functools.partial(_train, module),
             _apply=functools.partial(_cast, module, cache, block, device),
             load_state_dict=_refuse_weights,
+            __reduce_ex__=refuse_copy,
             compile=_refuse_compile,
         )
+
+
+def refuse_copy(*_: Any) -> NoReturn:
+    """What ``copy``, ``pickle`` and all that use them find as ``__reduce_ex__``."""
+    raise UnsupportedModel(
+        "A streamed model cannot be copied or pickled, since its weights come and go: make it anew where it is needed, "
+        "or load it whole with modelcache.from_pretrained(auto_class, name)."
+    )
 
 
 def _state_dict(

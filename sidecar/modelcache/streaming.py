@@ -15,6 +15,7 @@ from modelcache.arguments import check_layer, check_layers, check_limits, check_
 from modelcache.connection import connect
 from modelcache.deadline import Deadline
 from modelcache.errors import Cancelled, UnsupportedModel
+from modelcache.hooks import refuse_copy
 from modelcache.session import Session, Wanted, open_session
 
 if TYPE_CHECKING:
@@ -364,6 +365,8 @@ class StreamingModel:
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *dir(self._model)})
+
+    __reduce_ex__ = refuse_copy
 
     def __repr__(self) -> str:
         cache = self._session.cache

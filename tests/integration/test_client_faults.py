@@ -144,6 +144,19 @@ def test_a_server_that_stays_away_is_one_clear_error_within_the_deadline(folder)
         assert model.get_cache_info()["cached_components"] == []
 
 
+def test_no_more_is_promised_of_a_whole_load_that_broke_off_than_is_so(folder):
+    """What had arrived of it is read again, so the error may not say that it is kept."""
+    with FaultyServer(folder) as server:
+        server.seconds_per_mib = 0.2
+        with pytest.raises(Unavailable, match=r"within 0\.5 s\. .*reached; the call can be repeated\.$"):
+            modelcache.load_state_dict("x", address=server.address, timeout=0.5)
+        server.seconds_per_mib = 0.0
+        before = len(server.requests)
+        modelcache.load_state_dict("x", address=server.address)
+        again = sum(length for *_, length in server.requests[before:])
+        assert again >= sum(tensor.length for tensor in server.manifests[server.active].tensors)
+
+
 def test_another_replica_takes_over_in_the_middle_of_a_layer(folder):
     first, second = FaultyServer(folder).start(), FaultyServer(folder).start()
     with StreamingBertModel("x", 1, address=f"{first.address},{second.address}") as model:

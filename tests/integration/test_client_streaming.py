@@ -1,13 +1,17 @@
 """StreamingBertModel gives transformers' result, bit for bit, whatever is cached and however the files are laid out."""
 
 import asyncio
+import copy
 import gc
+import io
 import itertools
+import pickle
 import re
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -319,6 +323,27 @@ def test_what_a_streamed_model_cannot_do_is_refused_by_each_of_its_modules(serve
         for module in MODULES.values():
             with pytest.raises(UnsupportedModel, match=r"from_pretrained\(\)|compiled"):
                 use(module(model))
+        assert_same(model(tokens()), expected(server.folder, tokens()))
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": pickle.dumps,
+    "torch.save": lambda module: torch.save(module, io.BytesIO()),
+    "another process": ForkingPickler.dumps,
+}
+
+
+@pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES)
+def test_a_streamed_model_and_its_modules_are_never_copied(serve, make_copy):
+    server = serve()
+    with StreamingBertModel("x", 1, address=server.address) as model:
+        model(tokens())
+        for module in MODULES.values():
+            with pytest.raises(UnsupportedModel, match=r"modelcache\.from_pretrained\(auto_class, name\)"):
+                make_copy(module(model))
+        with pytest.raises(UnsupportedModel, match="make it anew"):
+            copy.copy(model)  # It would end with the model that it was copied from.
         assert_same(model(tokens()), expected(server.folder, tokens()))
 
 
