@@ -101,7 +101,7 @@ def _look(observed: Observed, settings: Settings, actions: Actions, record: Mapp
 
 
 def _busy(observed: Observed, busy: Busy, settings: Settings, record: Mapping[str, Any], *, valid: bool) -> Condition:
-    if valid and busy.failure is None:  # a look for what is new changes nothing until it is done
+    if valid and busy.failure is None and busy.is_made:  # a look for what is new changes nothing until it is done
         return _resolved(observed, record)
     if busy.obstacle is not None:  # what is in the way now says more than why an earlier pod ended
         reason, message = busy.obstacle

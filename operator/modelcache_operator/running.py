@@ -36,12 +36,14 @@ class Busy:
         failure: Why the one before, or an earlier pod of this one, failed.
         obstacle: (reason, message) of what keeps its pod from running.
         job: The Job's name.
+        is_made: Whether there can be a pod: nothing ever comes of a Job that cannot even be made.
     """
 
     attempt: int
     job: str
     failure: Failure | None = None
     obstacle: tuple[str, str] | None = None
+    is_made: bool = True
 
     @property
     def is_troubled(self) -> bool:
@@ -137,13 +139,13 @@ def _create(
 ) -> Busy | Idle:
     name = job["metadata"]["name"]
     if (refusal := observed.refusals.get(("Job", name))) is not None:
-        return Busy(number, name, failure, (refusal.reason, refusal.message))
+        return Busy(number, name, failure, (refusal.reason, refusal.message), is_made=False)
     if (existing := next((j for j in observed.jobs if j["metadata"]["name"] == name), None)) is not None:
         if is_deleting(existing) or observed.leftover(existing):
             actions.look_again(1)
             return Idle("Waiting", f"Job {name} is being deleted.")
         actions.look_again(60)
-        return Busy(number, name, failure, ("NameConflict", conflict_text(f"Job {name}")))
+        return Busy(number, name, failure, ("NameConflict", conflict_text(f"Job {name}")), is_made=False)
     if slot not in observed.slots:
         actions.asks.add(slot)
     elif not observed.slots[slot]:

@@ -17,6 +17,10 @@ from modelcache_operator.storing import Stored
 
 ROLLOUT_WAIT_SECONDS = 300.0
 """As for `running.SLOT_WAIT_SECONDS`; as long as a rollout that hangs holds up the others."""
+_NO_KEYS = (
+    "KeySetUnavailable",
+    "The cluster's public keys (/openid/v1/jwks) cannot be read; servers that verify tokens need them.",
+)
 
 
 @dataclass(frozen=True)
@@ -64,11 +68,11 @@ def serve(observed: Observed, settings: Settings, actions: Actions, stored: Stor
         return Served(conflict, {}, counts)
     for wanted in server.services(observed.cr, observed.spec):
         actions.ensure(wanted, observed.services.get(wanted["metadata"]["name"]))
-    trouble, waiting = _deploy(observed, settings, actions, stored, active)
-    condition = trouble or _condition(observed, actions, active)
+    waiting = _deploy(observed, settings, actions, stored, active)
+    condition = _condition(observed, actions, active)
     rolling = _rolling(observed, actions)
     endpoint = _endpoint(observed, is_rolling=rolling is not None)
-    return Served(condition, endpoint, counts, behind=waiting or rolling)
+    return Served(condition, endpoint, counts, behind=_refused(observed) or waiting or rolling)
 
 
 def _rolling(observed: Observed, actions: Actions) -> tuple[str, str] | None:
@@ -84,11 +88,29 @@ def _rolling(observed: Observed, actions: Actions) -> tuple[str, str] | None:
     is_seen = was_well or status.get("observedGeneration", 0) >= live["metadata"].get("generation", 0)
     if not is_changed_now and is_seen and status.get("replicas", 0) <= status.get("updatedReplicas", 0):
         return None
+    if (obstacle := _obstacle(observed)) is not None:
+        return obstacle
+    actions.look_again(30)
+    return "RollingOut", "Servers made as the spec asks for now take over, one after the other."
+
+
+def _refused(observed: Observed) -> tuple[str, str] | None:
+    """What of the servers the API server would not take."""
+    kinds = {"Deployment", "Service", "ConfigMap"}
+    refusal = next((found for (kind, _), found in observed.refusals.items() if kind in kinds), None)
+    return (refusal.reason, refusal.message) if refusal is not None else None
+
+
+def _obstacle(observed: Observed) -> tuple[str, str] | None:
+    """(reason, message) of what keeps servers from coming up; None if nothing does."""
     for pod in _server_pods(observed):
         if (found := attempts.obstacle(pod, observed.warnings)) is not None:
             return found
-    actions.look_again(30)
-    return "RollingOut", "Servers made as the spec asks for now take over, one after the other."
+    for condition in ((observed.deployment or {}).get("status") or {}).get("conditions") or []:
+        if condition.get("type") == "ReplicaFailure" and condition.get("status") == "True":
+            text = str(condition.get("message", ""))
+            return "QuotaExceeded" if "exceeded quota" in text else "PodRefused", text
+    return None
 
 
 def _conflict(observed: Observed, actions: Actions) -> Condition | None:
@@ -107,29 +129,22 @@ def _conflict(observed: Observed, actions: Actions) -> Condition | None:
 
 def _deploy(
     observed: Observed, settings: Settings, actions: Actions, stored: Stored, active: Active | None
-) -> tuple[Condition | None, tuple[str, str] | None]:
-    """Apply Deployment and key set where that is called for.
-
-    Returns:
-        Serving, where it is known already; (reason, message) of what the Deployment waits for before it is applied.
-    """
+) -> tuple[str, str] | None:
+    """Apply Deployment and key set where that is called for; (reason, message) of what they wait for otherwise."""
     live = observed.deployment
     spec = observed.spec
     if stored.claim is None or active is None:
         replicas = 0
         if live is None:
-            return None, None
+            return None
     else:
         replicas = spec.server.replicas
     keys = observed.keys if spec.server.access.mode == "Token" else None
     if spec.server.access.mode == "Token":
         if keys is None:
             actions.look_again(10)
-            text = "The cluster's public keys (/openid/v1/jwks) cannot be read; servers that verify tokens need them."
-            return Condition(SERVING, "False", "KeySetUnavailable", text), None
+            return _NO_KEYS
         actions.ensure(server.key_set(observed.cr, keys), observed.key_set)
-    else:
-        actions.remove(observed.key_set)
     planned = active.bytes if active is not None else 0
     wanted = server.deployment(
         observed.cr,
@@ -141,7 +156,10 @@ def _deploy(
         replicas=replicas,
         keys=keys,
     )
-    return None, _roll(observed, actions, wanted, live)
+    waiting = _roll(observed, actions, wanted, live)
+    if keys is None and waiting is None:  # servers of before want it at each start
+        actions.remove(observed.key_set)
+    return waiting
 
 
 def _roll(observed: Observed, actions: Actions, wanted: Object, live: Object | None) -> tuple[str, str] | None:
@@ -175,24 +193,18 @@ def _condition(observed: Observed, actions: Actions, active: Active | None) -> C
     live = observed.deployment
     if active is None:
         return Condition(SERVING, "False", "WaitingForFetch", "Servers start when a snapshot is on the volume.")
-    refusal = observed.refusals.get(("Deployment", names.weights_name(observed.name)))
-    status = (live or {}).get("status") or {}
-    available = int(status.get("availableReplicas") or 0)
-    if available:
+    is_found = all(kind != "Service" or name in observed.services for kind, name in observed.refusals)
+    available = int(((live or {}).get("status") or {}).get("availableReplicas") or 0)
+    if available and is_found:
         wanted = observed.spec.server.replicas
         text = f"{available} of {wanted} servers are ready."
-        if refusal is not None:
+        if (refusal := observed.refusals.get(("Deployment", names.weights_name(observed.name)))) is not None:
             text += f" The last change was refused: {refusal.message}"
         return Condition(SERVING, "True", "Serving", text)
-    if refusal is not None:
-        return Condition(SERVING, "False", refusal.reason, refusal.message)
-    for pod in _server_pods(observed):
-        if (found := attempts.obstacle(pod, observed.warnings)) is not None:
-            return Condition(SERVING, "False", *found)
-    for condition in status.get("conditions") or []:
-        if condition.get("type") == "ReplicaFailure" and condition.get("status") == "True":
-            text = str(condition.get("message", ""))
-            return Condition(SERVING, "False", "QuotaExceeded" if "exceeded quota" in text else "PodRefused", text)
+    has_no_keys = observed.spec.server.access.mode == "Token" and observed.keys is None
+    trouble = _refused(observed) or (_NO_KEYS if has_no_keys else _obstacle(observed))
+    if trouble is not None:
+        return Condition(SERVING, "False", *trouble)
     actions.look_again(30)
     return Condition(SERVING, "False", "Starting", "The servers are starting and filling their caches.")
 

@@ -62,7 +62,7 @@ def store(observed: Observed, actions: Actions, record: Mapping[str, Any] | None
         if claim is None:
             actions.look_again(10)
             return Stored(name, None, ("ClaimNotFound", f"There is no PersistentVolumeClaim {name}; create it."))
-        return Stored(name, claim, _lost(claim))
+        return Stored(name, claim, _lost(observed, claim))
     if claim is None:
         return _create(observed, actions, name, record)
     if observed.is_ours(claim):
@@ -82,7 +82,8 @@ def _strange(observed: Observed, actions: Actions, name: str, claim: Object) -> 
 
 
 def _going(observed: Observed, actions: Actions, name: str) -> Stored:
-    text = f"PersistentVolumeClaim {name} is being deleted; servers stop so that it can go, then it is made anew."
+    anew = "create it again then" if observed.spec.storage.existing_claim else "then it is made anew"
+    text = f"PersistentVolumeClaim {name} is being deleted; servers stop so that it can go, {anew}."
     for job in observed.jobs:  # a claim is in use for as long as a pod of it exists, also one that has ended
         if (job["metadata"].get("labels") or {}).get(names.COMPONENT_LABEL) == names.FETCH and observed.owns(job):
             actions.remove(job)
@@ -124,7 +125,7 @@ def _keep(observed: Observed, actions: Actions, name: str, claim: Object, record
     actions.ensure(wanted, claim)
     capacity = builder.capacity_of(claim)
     growing = needed > has or (capacity is not None and capacity < has and _still_growing(observed, claim, grown_at))
-    return Stored(name, claim, _lost(claim), note=note, growing=growing)
+    return Stored(name, claim, _lost(observed, claim), note=note, growing=growing)
 
 
 def _still_growing(observed: Observed, claim: Object, grown_at: str) -> bool:
@@ -135,8 +136,9 @@ def _still_growing(observed: Observed, claim: Object, grown_at: str) -> bool:
     return observed.now < parse_time(grown_at) + GROWTH_SECONDS
 
 
-def _lost(claim: Object) -> tuple[str, str] | None:
+def _lost(observed: Observed, claim: Object) -> tuple[str, str] | None:
     if (claim.get("status") or {}).get("phase") == "Lost":
         name = claim["metadata"]["name"]
-        return "VolumeLost", f"The PersistentVolume of claim {name} is gone; delete the claim, then it is made anew."
+        anew = "and create it again" if observed.spec.storage.existing_claim else "then it is made anew"
+        return "VolumeLost", f"The PersistentVolume of claim {name} is gone; delete the claim, {anew}."
     return None

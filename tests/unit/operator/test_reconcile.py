@@ -351,6 +351,31 @@ def test_a_failed_refresh_keeps_what_is_served_up_to_date_and_says_so():
     assert "stays in use" in world.message("Resolved")
 
 
+def test_a_refresh_that_the_api_server_refuses_says_so_and_keeps_what_is_served_up_to_date():
+    """Without a Job there is nothing that ever fails: it would look as if the branch did not move."""
+    world = World(refresh={"interval": "10m"}).to_ready()
+    world.now += 700
+    [job] = world.decide().creates
+    world.refusals["Job", job["metadata"]["name"]] = Refusal(403, "exceeded quota: jobs")
+    world.cr["status"] = world.decide().status
+    assert world.conditions == READY | {"Resolved": ("False", "QuotaExceeded")}
+    assert "stays in use" in world.message("Resolved")
+    world.refusals.clear()
+    world.run("plan")
+    assert world.conditions == READY
+
+
+def test_a_refresh_whose_pod_has_to_wait_for_a_node_changes_nothing():
+    world = World(refresh={"interval": "10m"}).to_ready()
+    world.now += 700
+    world.settle()
+    [job] = world.running("plan")
+    unschedulable = {"type": "PodScheduled", "status": "False", "message": "0/1 nodes are available"}
+    world.pod_of(job, phase="Pending", conditions=[unschedulable])
+    world.settle()
+    assert world.conditions == READY
+
+
 def test_a_branch_that_moves_during_the_fetch_is_taken_as_it_was_fetched():
     world = World()
     world.run("plan")
@@ -840,6 +865,64 @@ def test_the_endpoint_is_that_of_the_servers_that_run():
     assert world.cr["status"]["endpoint"]["http"] == f"https://{host}"
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('pods "x" is forbidden: exceeded quota: small', "QuotaExceeded"),
+        ('pods "x" is forbidden: violates PodSecurity "restricted:latest"', "PodRefused"),
+    ],
+)
+def test_new_servers_that_the_namespace_refuses_are_told_while_those_of_before_serve(text, reason):
+    """A quota without room for one server more stops a rollout for ever, and no pod is there to say so."""
+    world = World().to_ready()
+    world.change(server={"cacheSize": "128Mi"})
+    world.step()
+    world.deployment()["metadata"]["generation"] = 2
+    failing = {"type": "ReplicaFailure", "status": "True", "reason": "FailedCreate", "message": text}
+    world.deployment()["status"] = ALL_SERVERS_ARE_NEW | {"updatedReplicas": 0, "conditions": [failing]}
+    world.settle()
+    assert world.conditions == READY | {"UpToDate": ("False", reason)}
+    assert world.message("UpToDate") == text
+    world.deployment()["status"] = ALL_SERVERS_ARE_NEW
+    world.settle()
+    assert world.conditions == READY
+
+
+@pytest.mark.parametrize("change", [{"cacheSize": "128Mi"}, {"replicas": 2}], ids=["other servers", "more servers"])
+def test_a_change_of_the_servers_that_is_refused_is_not_up_to_date_and_says_why(change):
+    world = World().to_ready()
+    world.change(server=change)
+    world.refusals["Deployment", "bert-weights"] = Refusal(403, "admission webhook denied the request: no")
+    for _ in range(2):
+        world.step()
+        assert world.conditions == READY | {"UpToDate": ("False", "Forbidden")}
+        assert world.message("UpToDate") == "admission webhook denied the request: no"
+    world.refusals.clear()
+    world.step()
+    assert world.conditions["UpToDate"][1] != "Forbidden"
+
+
+def test_servers_without_their_service_cannot_be_read():
+    world = World().to_ready()
+    world.objects.pop(("Service", "bert-weights"))
+    world.refusals["Service", "bert-weights"] = Refusal(403, "exceeded quota: services")
+    world.step()
+    assert world.conditions["Serving"] == ("False", "QuotaExceeded")
+    assert world.conditions["Ready"] == ("False", "QuotaExceeded")
+    assert world.message("UpToDate") == "exceeded quota: services"
+    world.refusals.clear()
+    world.settle()
+    assert world.conditions == READY
+
+
+def test_a_service_that_cannot_be_mended_is_not_up_to_date_and_still_reads():
+    world = World().to_ready()
+    world.objects["Service", "bert-weights"]["spec"]["ports"] = []
+    world.refusals["Service", "bert-weights"] = Refusal(422, "spec.ports is invalid")
+    world.step()
+    assert world.conditions == READY | {"UpToDate": ("False", "Refused")}
+
+
 def test_scaling_leaves_the_model_up_to_date():
     world = World().to_ready()
     world.change(server={"replicas": 2})
@@ -1060,6 +1143,18 @@ def test_a_volume_that_is_lost_says_what_can_be_done():
     assert not world.running("fetch")
 
 
+@pytest.mark.parametrize("gone", [{"status": {"phase": "Lost"}}, {"deletionTimestamp": "2026-01-01T00:00:00Z"}])
+def test_nobody_is_told_that_a_claim_of_their_own_is_made_anew(gone):
+    world = World(storage={"existingClaim": "mine"})
+    spec = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "1Gi"}}}
+    metadata = {"name": "mine"} | {k: v for k, v in gone.items() if k != "status"}
+    world.add({"kind": "PersistentVolumeClaim", "metadata": metadata, "spec": spec, "status": gone.get("status", {})})
+    world.run("plan")
+    assert world.conditions["Fetched"][1] in {"VolumeLost", "VolumeTerminating"}
+    assert "made anew" not in world.message("UpToDate")
+    assert "create it" in world.message("UpToDate")
+
+
 def test_a_quota_that_only_events_tell_of_is_the_reason():
     world = World()
     world.settle()
@@ -1113,6 +1208,27 @@ def test_an_evicted_or_killed_pod_of_a_running_job_is_told_and_the_job_goes_on()
     assert world.running("fetch") == [job]
 
 
+def test_servers_go_on_serving_while_the_clusters_keys_cannot_be_read():
+    """As after a restart of the operator at a bad moment: nobody's model is down."""
+    world = World(server={"access": {"mode": "Token", "serviceAccounts": [{"name": "app"}]}})
+    world.keys = TokenKeys("https://issuer", "{}")
+    world.to_ready()
+    world.keys = None
+    decision = world.settle()
+    assert world.conditions == READY | {"UpToDate": ("False", "KeySetUnavailable")}
+    assert decision.requeue_after <= 10
+    world.deployment()["status"] = {}
+    world.settle()
+    assert world.conditions["Serving"] == ("False", "KeySetUnavailable")
+
+
+def test_an_open_model_that_shall_be_closed_stays_open_while_the_clusters_keys_cannot_be_read_and_says_so():
+    world = World().to_ready()
+    world.change(server={"access": {"mode": "Token", "serviceAccounts": [{"name": "app"}]}})
+    world.settle()
+    assert world.conditions == READY | {"UpToDate": ("False", "KeySetUnavailable")}
+
+
 def test_token_access_gives_the_servers_the_clusters_keys():
     access = {"mode": "Token", "serviceAccounts": [{"name": "app"}, {"namespace": "other", "name": "job"}]}
     world = World(server={"access": access})
@@ -1132,7 +1248,11 @@ def test_token_access_gives_the_servers_the_clusters_keys():
     world.settle()
     assert world.objects["ConfigMap", "bert-weights-keys"]["data"] == {"jwks.json": '{"keys": [1]}'}
     assert world.deployment()["spec"]["template"] == template, "rotated keys restart no server"
+    world.slots["rollout"] = False
     world.change(server={})
+    world.settle()
+    assert world.names("ConfigMap") == ["bert-weights-keys"], "servers that wait for their turn start with it"
+    world.slots["rollout"] = True
     world.settle()
     assert world.names("ConfigMap") == []
 
