@@ -31,8 +31,8 @@ _SAY_SECONDS: Final = 10.0
 # A server that is ready is asked for as long even by who does not want to wait.
 _LEAST_SECONDS: Final = 1.0
 _POLL_SECONDS: Final = 0.25
-# How long a replica that failed is tried last, and HTTP is left alone where only gRPC answered.
-_AVOID_SECONDS: Final = 5.0
+# How long HTTP is left alone where only gRPC answered, and how long gRPC may take to answer then.
+_PROBE_SECONDS: Final = 5.0
 _HTTP_AGAIN_SECONDS: Final = 30.0
 _NAME_SECONDS: Final = 5.0
 _MANIFEST_SECONDS: Final = 60.0
@@ -85,7 +85,6 @@ class Connection:
         self._replicas = [_Replica(endpoint, security) for endpoint in endpoints]
         self._manifests: dict[str, Manifest] = {}
         self._lock = threading.Lock()
-        self._avoid: dict[Server, float] = {}
         self._http = HttpLane(security)
         self.users = 0
         self.lane = "none"
@@ -160,7 +159,7 @@ class Connection:
         raise problem
 
     def blame(self, error: LaneBroken) -> None:
-        """Has the replica that served last tried last for a while."""
+        """Has the replica that served last tried last."""
         logger.debug("read failed, trying elsewhere: %s", error)
         with self._lock:
             current = self._replicas[0]
@@ -182,7 +181,8 @@ class Connection:
                 stream = self._open_http(replica, digest, path, offset, length, deadline)
             except LaneBroken as error:
                 known = replica.http_port
-                replica.learn(replica.grpc.revision(digest, deadline))  # Raises when the whole server is away.
+                # Raises when the whole server is away.
+                replica.learn(replica.grpc.revision(digest, deadline, _PROBE_SECONDS))
                 if replica.http_port != known:
                     raise  # It came back on another port, which the next attempt uses.
                 replica.http_failed_at = time.monotonic()
@@ -196,24 +196,20 @@ class Connection:
     def _open_http(
         self, replica: _Replica, digest: str, path: str, offset: int, length: int, deadline: Deadline
     ) -> ByteStream:
-        now = time.monotonic()
         host, port, tls = replica.endpoint.host, replica.http_port or 0, replica.http_tls
         servers = [Server(address, port, host, tls) for address in replica.addresses()]
-        servers.sort(key=lambda server: self._avoid.get(server, 0.0) > now - _AVOID_SECONDS)
         problem = LaneBroken(f"{replica.endpoint.host} has no address.")
-        for server in servers:
+        for server in self._http.by_preference(servers):
             try:
                 return self._http.open(server, digest, path, offset, length, deadline)
             except LaneBroken as error:
-                self._avoid[server] = time.monotonic()
                 problem = error
         raise problem
 
     def _by_preference(self) -> list[_Replica]:
-        """Replicas in the order in which they were given, those that failed lately last."""
+        """Replicas in the order in which they were given, those that failed last."""
         with self._lock:
-            now = time.monotonic()
-            self._replicas.sort(key=lambda replica: (replica.avoided_at > now - _AVOID_SECONDS, replica.avoided_at))
+            self._replicas.sort(key=lambda replica: replica.avoided_at)
             return list(self._replicas)
 
     def _note_failure(self, replica: _Replica) -> None:

@@ -31,7 +31,12 @@ _CALL_SECONDS: Final = 20.0
 _REASON_KEY: Final = "modelcache-reason"
 _OPTIONS: Final = (
     ("grpc.max_receive_message_length", 64 * 2**20),
-    ("grpc.keepalive_time_ms", 60_000),
+    # A server that is silent for 32 s is given up. Ours allow a ping each 10 s, and the answer waits behind the bytes
+    # that are on their way: on a slow network for seconds. How long it may, gRPC takes from the third of these.
+    ("grpc.keepalive_time_ms", 12_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.ping_timeout_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1_000),  # in truth how long a connection may take, TLS and greeting included
     ("grpc.max_reconnect_backoff_ms", 2_000),
@@ -139,10 +144,12 @@ class GrpcLane:
             response_deserializer=bytes,
         )
 
-    def revision(self, known_digest: str, deadline: Deadline) -> weights_pb2.GetRevisionResponse:
+    def revision(
+        self, known_digest: str, deadline: Deadline, seconds: float = _CALL_SECONDS
+    ) -> weights_pb2.GetRevisionResponse:
         """What is active, and whether ``known_digest`` (whose lease this renews) can be read."""
         try:
-            return self.ask_revision(known_digest, min(_CALL_SECONDS, deadline.remaining()))
+            return self.ask_revision(known_digest, min(seconds, deadline.remaining()))
         except grpc.RpcError as error:
             raise self.translate(error) from error
 

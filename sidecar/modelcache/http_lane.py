@@ -25,9 +25,12 @@ __all__ = ["HttpLane", "HttpStream"]
 
 STALL_SECONDS: Final = 20.0
 CONNECT_SECONDS: Final = 5.0
+_UNANSWERED: Final = -1
 _HEADER_BYTES: Final = 16 * 2**10
 _FIRST_READ: Final = 1024
 _IDLE_PER_SERVER: Final = 8
+# How long a server that failed is tried last.
+_AVOID_SECONDS: Final = 60.0
 
 
 class Server(NamedTuple):
@@ -65,7 +68,7 @@ class HttpStream:
         self._lane = lane
         self._transport = transport
         self._deadline = deadline
-        self._left = 0
+        self._left = _UNANSWERED
         self._early = memoryview(b"")
         deadline.cancellation.attach(self)
 
@@ -130,8 +133,9 @@ class HttpStream:
             self._transport.close()
 
     def discard(self) -> None:
-        """Closes the connection."""
-        self._left = -1
+        """Closes the connection; its server is tried last for a while."""
+        self._left = _UNANSWERED
+        self._lane.avoid(self.server)
         self.close()
 
     def _head(self) -> tuple[int, dict[str, str], memoryview]:
@@ -200,6 +204,7 @@ class HttpLane:
         self._security = security
         self._lock = threading.Lock()
         self._idle: defaultdict[Server, list[Transport]] = defaultdict(list)
+        self._failed_at: dict[Server, float] = {}
 
     def open(self, server: Server, digest: str, path: str, offset: int, length: int, deadline: Deadline) -> HttpStream:
         """Asks ``server`` for bytes of a file of a snapshot.
@@ -216,14 +221,24 @@ class HttpLane:
             try:
                 stream.request(target, server.name, offset, length, self._security.authorization())
             except LaneBroken as error:
-                stream.discard()
                 if fresh or isinstance(error, _Silent):
+                    stream.discard()
                     raise
-                continue  # The server may have closed a connection that was idle; that is no failure of the server.
+                stream.close()  # The server may have closed a connection that was idle, which is no failure of it.
             except BaseException:
-                stream.discard()
+                stream.close()
                 raise
-            return stream
+            else:
+                return stream
+
+    def by_preference(self, servers: list[Server]) -> list[Server]:
+        """Those that failed lately last."""
+        lately = time.monotonic() - _AVOID_SECONDS
+        return sorted(servers, key=lambda server: max(self._failed_at.get(server, 0.0), lately))
+
+    def avoid(self, server: Server) -> None:
+        """Notes that it failed."""
+        self._failed_at[server] = time.monotonic()
 
     def give_back(self, server: Server, transport: Transport) -> None:
         """Keeps a connection whose response was read to its end."""
@@ -255,4 +270,5 @@ class HttpLane:
                 return plain, True
             return TlsTransport(plain, self._security.context, server.name, seconds), True
         except OSError as error:
+            self.avoid(server)
             raise LaneBroken(f"{server} cannot be reached: {error}.") from error

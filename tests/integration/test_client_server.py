@@ -18,8 +18,12 @@ import torch
 from transformers import BertModel
 
 import modelcache
-from modelcache import IntegrityError, StreamingBertModel
+from modelcache import IntegrityError, StreamingBertModel, grpc_lane
+from modelcache.address import parse_endpoint
+from modelcache.deadline import Deadline
+from modelcache.lane import LaneBroken
 from modelcache.plan import select_tensors
+from modelcache.security import Security
 from modelcache.volume_lane import VolumeSource
 from modelcache_volume import Volume
 from support.client_server import FaultyServer
@@ -257,6 +261,12 @@ with modelcache.StreamingBertModel("bert", 1, address=sys.argv[1], timeout=60) a
 """
 
 
+def client_of_a_name(hosts, port, script=CLIENT_OF_A_NAME):
+    """A program that finds bert-weights.test in a hosts file of its own."""
+    in_namespace = ("unshare", "--mount", "--", "sh", "-c", 'mount --bind "$0" /etc/hosts && exec "$@"', hosts)
+    return Child([*in_namespace, sys.executable, "-c", script, f"bert-weights.test:{port}", str(IDS.tolist())])
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root has a mount namespace in which a name can move")
 @pytest.mark.usefixtures("over_the_wire")
 def test_a_name_that_moves_to_another_address_is_followed(volume, folder, tmp_path):
@@ -265,11 +275,9 @@ def test_a_name_that_moves_to_another_address_is_followed(volume, folder, tmp_pa
     hosts = tmp_path / "hosts"
     hosts.write_text("127.0.0.1 bert-weights.test\n")
     wanted = hashlib.sha256(outputs(BertModel.from_pretrained(folder))[1].numpy()).hexdigest()
-    in_namespace = ("unshare", "--mount", "--", "sh", "-c", 'mount --bind "$0" /etc/hosts && exec "$@"', str(hosts))
-    client = (sys.executable, "-c", CLIENT_OF_A_NAME, f"bert-weights.test:{ports[0]}", str(IDS.tolist()))
     with contextlib.ExitStack() as closing:
         before = closing.enter_context(start(volume, ports))
-        model = closing.enter_context(Child([*in_namespace, *client]))
+        model = closing.enter_context(client_of_a_name(hosts, ports[0]))
         model.send("run")
         assert model.wait_for("result (.*)")[1] == wanted
         after = closing.enter_context(start(volume, ports, "127.0.0.2"))
@@ -282,6 +290,48 @@ def test_a_name_that_moves_to_another_address_is_followed(volume, folder, tmp_pa
         model.send("refresh")
         assert model.wait_for("refreshed (.*)")[1] == "False"
         after.kill()  # It would still wait for clients that have not heard.
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has a mount namespace with a name of its own")
+@pytest.mark.usefixtures("over_the_wire")
+def test_a_replica_whose_bytes_do_not_come_is_left_for_another_of_its_name(folder, tmp_path):
+    """It answers with the head of each response, as where only large packets are lost."""
+    hosts = tmp_path / "hosts"
+    hosts.write_text("127.0.0.1 bert-weights.test\n127.0.0.2 bert-weights.test\n")
+    wanted = hashlib.sha256(outputs(BertModel.from_pretrained(folder))[1].numpy()).hexdigest()
+    impatient = "import modelcache.http_lane; modelcache.http_lane.STALL_SECONDS = 5\n"
+    port, http_port = free_ports(2)
+    first, second = FaultyServer(folder), FaultyServer(folder)
+    with (
+        first.start(port, http_port=http_port),
+        second.start(port, host="127.0.0.2", http_port=http_port),
+        client_of_a_name(hosts, port, impatient + CLIENT_OF_A_NAME.replace("timeout=60", "timeout=9")) as model,
+    ):
+        model.send("run")
+        assert model.wait_for("result (.*)")[1] == wanted
+        silent, other = (first, second) if first.requests else (second, first)
+        assert not other.requests
+        silent.hold.clear()
+        for _ in range(2):
+            model.send("run")
+            assert model.wait_for("result (.*)")[1] == wanted
+        assert other.requests
+
+
+@pytest.mark.parametrize("asked", ["manifest", "bytes"])
+def test_a_frozen_server_is_given_up_over_grpc_before_the_deadline(volume, monkeypatch, asked):
+    sooner = tuple((name, value // 12 if name.endswith(("keepalive_time_ms", "_timeout_ms")) else value)
+                   for name, value in grpc_lane._OPTIONS)  # fmt: skip
+    monkeypatch.setattr(grpc_lane, "_OPTIONS", sooner)
+    with ServerProcess.over(volume) as server:
+        lane = grpc_lane.GrpcLane(parse_endpoint(server.address), Security())
+        manifest = lane.manifest("", Deadline(30))
+        server.process.send_signal(signal.SIGSTOP)
+        stream = lane.open(manifest.digest, "model.safetensors", 0, 1000, Deadline(30))
+        with pytest.raises(LaneBroken, match="timeout"):
+            stream.read_into(memoryview(bytearray(1000))) if asked == "bytes" else lane.manifest("", Deadline(30))
+        lane.close()
+        server.kill()
 
 
 @pytest.mark.slow

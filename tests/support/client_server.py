@@ -109,7 +109,7 @@ class FaultyServer:
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
 
-    def start(self, port: int = 0) -> Self:
+    def start(self, port: int = 0, *, host: str = "127.0.0.1", http_port: int = 0) -> Self:
         outer = self
 
         class Handler(socketserver.BaseRequestHandler):
@@ -124,13 +124,13 @@ class FaultyServer:
             daemon_threads = True
             request_queue_size = 64
 
-        self._http = Server(("127.0.0.1", 0), Handler)
+        self._http = Server((host, http_port), Handler)
         self._http.daemon_threads = True
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True)
         self._thread.start()
         self._grpc = grpc.server(futures.ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
         weights_pb2_grpc.add_WeightsServicer_to_server(_Service(self), self._grpc)
-        self.port = self._grpc.add_insecure_port(f"127.0.0.1:{port}")
+        self.port = self._grpc.add_insecure_port(f"{host}:{port}")
         self._grpc.start()
         return self
 
