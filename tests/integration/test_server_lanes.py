@@ -234,6 +234,16 @@ def test_pipelined_requests_are_answered_in_order(server, digest):
     assert [answer.partition(b"\r\n\r\n")[2] for answer in answers] == [BIG[n : n + 1] for n in range(100)]
 
 
+@pytest.mark.parametrize(("lines", "status"), [(1, b"206"), (3, b"400"), (10_000, b"400")])
+def test_one_empty_line_before_a_request_is_forgiven(server, digest, lines, status):
+    with socket.create_connection((HOST, server.addresses.http)) as connection:
+        request = (
+            f"GET /v1/snapshots/{digest}/big.bin HTTP/1.1\r\nHost: h\r\nRange: bytes=0-0\r\nConnection: close\r\n\r\n"
+        )
+        connection.sendall(b"\r\n" * lines + request.encode())
+        assert connection.makefile("rb").readline().split()[1] == status
+
+
 def test_request_ids_come_back_and_hostile_ones_are_replaced(server, stub, digest):
     assert server.file(digest, "config.json", X_Request_Id="my-id-1").headers["x-request-id"] == "my-id-1"
     assert server.file(digest, "config.json", X_Request_Id='a" evil').headers["x-request-id"] != 'a" evil'

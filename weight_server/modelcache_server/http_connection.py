@@ -190,8 +190,7 @@ class HttpConnection:
     def _take_request(self) -> Request | None:
         """The next request, without its body unless that is wanted; None while it is not all here."""
         if self._waits_for_body is None:
-            while self._buffer.startswith(b"\r\n"):
-                self._buffer = self._buffer[2:]
+            self._buffer = self._buffer.removeprefix(b"\r\n")  # RFC 9112, 2.2: one is to be forgiven
             end = self._buffer.find(b"\r\n\r\n")
             if end > self._limits.header_bytes or (end < 0 and len(self._buffer) > self._limits.header_bytes):
                 raise BadRequest(431, f"The headers are longer than {self._limits.header_bytes} bytes.")
