@@ -80,7 +80,8 @@ class FakeNode:
         now = format_time(time())
         if component == "server":
             ready = {"type": "Ready", "status": "True", "lastTransitionTime": now}
-            return {"phase": "Running", "podIP": "127.0.0.1", "conditions": [ready]}
+            # an address of its own: a weight server that this machine runs beside the tests must not answer for it
+            return {"phase": "Running", "podIP": "127.9.0.1", "conditions": [ready]}
         [container] = pod["spec"]["containers"]
         spec = json.loads(container["env"][0]["value"])
         commit = COMMITS[spec.get("revision", "main")]
