@@ -13,6 +13,8 @@ from modelcache_operator.resources.jobs import PLAN_DEADLINE_SECONDS
 from modelcache_operator.resources.names import Object
 
 TRANSIENT_BASE_SECONDS = 30.0
+TERMINATING_SECONDS = 60.0
+"""A pod that should have ended so long ago does not end by itself: its node is most likely gone."""
 _BY_EXIT_CODE = {info.exit_code: reason for reason, info in REASONS.items()}
 _PULL_ERRORS = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"}
 _CONFIG_ERRORS = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
@@ -177,6 +179,19 @@ def obstacle(pod: Object, warnings: Mapping[str, Sequence[str]]) -> tuple[str, s
     if texts := warnings.get(pod["metadata"]["uid"]):
         return "MountFailed", f"A volume of the pod cannot be mounted: {texts[-1]}"
     return None
+
+
+def not_ending(pod: Object, now: float) -> tuple[str, str] | None:
+    """(reason, message) of a pod that should have ended long ago; no other begins while it may still write."""
+    until = parse_time(pod["metadata"].get("deletionTimestamp"))
+    if not until or now < until + TERMINATING_SECONDS:
+        return None
+    name, node = pod["metadata"]["name"], pod["spec"].get("nodeName", "")
+    text = (
+        f"Pod {name} was to end and does not: its node {node} is probably down. This goes on when the node is back; if "
+        "it is off for good, delete the Node, or the pod with --force."
+    )
+    return "PodTerminating", text
 
 
 def _crash(last: Mapping[str, Any]) -> tuple[str, str]:

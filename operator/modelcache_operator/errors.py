@@ -53,7 +53,8 @@ class ApiError(OperatorError):
     @property
     def is_refusal(self) -> bool:
         """Whether the server understood and said no: the object or the rules must change before a retry can help."""
-        return self.status in {400, 403, 422}
+        is_webhook = self.status == 500 and "failed calling webhook" in self.message  # the server itself is well
+        return is_webhook or self.status in {400, 403, 422}
 
     @property
     def is_conflict(self) -> bool:

@@ -171,8 +171,10 @@ def _has_to_wait(observed: Observed, actions: Actions, stored: Stored, plan: Map
             continue
         owners = {r.get("name", "") for r in pod["metadata"].get("ownerReferences") or []}
         if not any(f"-{job.family}-" in owner for owner in owners):
-            actions.look_again(1)
-            return Condition(FETCHED, "False", "Waiting", "A fetch of what was asked for before is being stopped.")
+            stuck = attempts.not_ending(pod, observed.now)
+            actions.look_again(10 if stuck else 1)
+            text = "A fetch of what was asked for before is being stopped."
+            return Condition(FETCHED, "False", *(stuck or ("Waiting", text)))
     return None
 
 

@@ -1,7 +1,7 @@
 """Drives the Jobs of one thing to do: creates the first attempt, reads the last one, makes the next one. Pure."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from modelcache_operator import attempts
@@ -117,7 +117,9 @@ def advance(observed: Observed, settings: Settings, actions: Actions, job: JobId
         return _create(observed, actions, slot, build(last.number + 1), last.number + 1, busy.failure)
     actions.look_again(PROGRESS_SECONDS)
     actions.awaited.add(busy.job)
-    return busy
+    pods = attempts.pods_of(last.job, observed.pods)
+    stuck = attempts.not_ending(pods[-1], observed.now) if pods else None
+    return replace(busy, obstacle=busy.obstacle or stuck)
 
 
 def _running(observed: Observed, found: list[Attempt]) -> Busy:

@@ -215,6 +215,7 @@ def _server_pods(observed: Observed) -> list[Object]:
         for pod in observed.pods
         if (pod["metadata"].get("labels") or {}).get(names.COMPONENT_LABEL) == names.SERVER
         and not pod["metadata"].get("deletionTimestamp")
+        and (pod.get("status") or {}).get("phase") not in {"Succeeded", "Failed"}
     ]
 
 

@@ -268,6 +268,31 @@ def test_an_upgrade_fetches_nothing_again_and_rolls_one_server_after_the_other(s
     assert node.ran == ran
 
 
+def test_an_admission_webhook_that_is_down_is_told_in_the_status(server, node, namespace, tmp_path):
+    """Only the operator's log knew: the API server answers 500, as if it were ill itself."""
+    path = "/apis/admissionregistration.k8s.io/v1/validatingwebhookconfigurations"
+    webhook = {
+        "name": "down.example.com",
+        "clientConfig": {"url": "https://127.0.0.1:1/"},
+        "rules": [{"apiGroups": ["apps"], "apiVersions": ["v1"], "operations": ["*"], "resources": ["deployments"]}],
+        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": namespace}},
+        "sideEffects": "None",
+        "admissionReviewVersions": ["v1"],
+    }
+    server.create(path, {"metadata": {"name": "down"}, "webhooks": [webhook]})
+    try:
+        with operator(server, tmp_path):
+            model = ModelCache(server, namespace)
+            cr = model.wait_for(Serving="Refused", UpToDate="Refused", Ready="Refused")
+            message = next(c["message"] for c in cr["status"]["conditions"] if c["type"] == "UpToDate")
+            assert 'failed calling webhook "down.example.com"' in message
+            server.merge(f"{path}/down", {"webhooks": [webhook | {"rules": []}]})
+            model.change(server={"cacheSize": "128Mi"})
+            model.wait_for(UpToDate="True")
+    finally:
+        server.delete(f"{path}/down")
+
+
 @pytest.mark.slow
 def test_a_standby_takes_over_soon_after_a_kill_and_at_once_after_a_stop(server, node, namespace, tmp_path):
     def leads(running):

@@ -1121,6 +1121,19 @@ def test_servers_that_crash_say_so_steadily_and_with_their_last_words(container,
     assert words in world.message("Ready")
 
 
+def test_a_server_that_was_evicted_after_crashes_is_not_what_keeps_others_from_starting():
+    """Kubernetes leaves such pods lying around for long."""
+    world = World()
+    world.run("plan")
+    world.run("fetch")
+    container = {"state": {}, "restartCount": 2, "ready": False, "lastState": {"terminated": CRASHED}}
+    status = {"phase": "Failed", "reason": "Evicted", "containerStatuses": [container]}
+    labels = {"modelcache.io/component": "server"}
+    world.add({"kind": "Pod", "metadata": {"name": "s", "labels": labels}, "status": status})
+    world.settle()
+    assert world.conditions["Serving"] == ("False", "Starting")
+
+
 def test_a_child_of_the_one_that_had_the_name_before_is_waited_for():
     world = World()
     owner = {"apiVersion": "modelcache.io/v1alpha1", "kind": "ModelCache", "name": "bert", "uid": "earlier"}
@@ -1227,6 +1240,50 @@ def test_an_open_model_that_shall_be_closed_stays_open_while_the_clusters_keys_c
     world.change(server={"access": {"mode": "Token", "serviceAccounts": [{"name": "app"}]}})
     world.settle()
     assert world.conditions == READY | {"UpToDate": ("False", "KeySetUnavailable")}
+
+
+@pytest.mark.parametrize("component", ["plan", "fetch"])
+def test_a_job_whose_pod_does_not_end_with_its_node_says_so_and_lets_no_other_begin(component):
+    """Kubernetes makes no other pod until a dead node is deleted; it said to be fetching for ever."""
+    world = World()
+    if component == "fetch":
+        world.run("plan")
+    world.settle()
+    [job] = world.running(component)
+    pod = world.pod_of(job, phase="Running")
+    pod["metadata"]["deletionTimestamp"] = format_time(world.now)
+    pod["spec"] = {"nodeName": "node-7"}
+    world.now += 30
+    world.settle()
+    assert world.conditions["UpToDate"][1] in {"Planning", "Fetching"}
+    world.now += 60
+    world.settle()
+    assert world.conditions["UpToDate"] == ("False", "PodTerminating")
+    assert "node-7" in world.message("UpToDate")
+    world.change(fetch={"resources": {"limits": {"memory": "1Gi"}}})
+    world.settle()
+    assert world.running(component) == [job], "it may still write, behind a network that broke"
+    world.objects.pop(("Pod", pod["metadata"]["name"]))
+    world.settle()
+    assert world.conditions["UpToDate"][1] in {"Planning", "Fetching"}
+
+
+def test_a_fetch_of_before_whose_pod_does_not_end_is_named_and_not_asked_about_each_second():
+    world = World()
+    world.run("plan")
+    [old] = world.running("fetch")
+    pod = world.pod_of(old, phase="Running")
+    pod["metadata"]["deletionTimestamp"] = format_time(world.now)
+    pod["spec"] = {"nodeName": "node-7"}
+    world.change(revision="v2")
+    world.run("plan")
+    assert world.conditions["Fetched"] == ("False", "Waiting")
+    world.now += 90
+    decision = world.settle()
+    assert world.conditions["Fetched"] == ("False", "PodTerminating")
+    assert "node-7" in world.message("Fetched")
+    assert decision.requeue_after >= 10
+    assert not world.running("fetch")
 
 
 def test_token_access_gives_the_servers_the_clusters_keys():
