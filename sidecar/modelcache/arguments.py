@@ -20,6 +20,10 @@ _WITHOUT_EFFECT = {
     "force_download": _SERVED,
     "local_files_only": _SERVED,
     "proxies": _SERVED,
+    "config": "it is the snapshot's; give what differs as arguments (num_labels=3)",
+    "state_dict": "weights come from the server",
+    "gguf_file": "snapshot() gives the file, for transformers' own from_pretrained()",
+    "output_loading_info": "missing weights are MissingWeights where the model is streamed, else in transformers' log",
     "trust_remote_code": "code from a repo is never run here; check it, and load the folder that snapshot() gives",
 }
 _WITHOUT_EFFECT_STREAMED = {

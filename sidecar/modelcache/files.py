@@ -31,7 +31,9 @@ def find_file(manifest: Manifest, path: str) -> File | None:
 def select_files(
     manifest: Manifest, allow_patterns: Sequence[str] | None, ignore_patterns: Sequence[str] | None
 ) -> list[File]:
-    """The files whose paths match, by the shell wildcards that the Hub uses (``*`` also matches ``/``).
+    """The files whose paths match, by the shell wildcards that the Hub uses.
+
+    There ``*`` also matches ``/``, and ``onnx/`` is all of that folder.
 
     Args:
         manifest: of the snapshot.
@@ -41,9 +43,13 @@ def select_files(
     return [
         file
         for file in manifest.files
-        if (allow_patterns is None or any(fnmatch.fnmatchcase(file.path, pattern) for pattern in allow_patterns))
-        and not any(fnmatch.fnmatchcase(file.path, pattern) for pattern in ignore_patterns or ())
+        if (allow_patterns is None or _matches(file.path, allow_patterns))
+        and not _matches(file.path, ignore_patterns or ())
     ]
+
+
+def _matches(path: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(path, each + "*" if each.endswith("/") else each) for each in patterns)
 
 
 def read_file(snapshot: PinnedSnapshot, path: str, deadline: Deadline) -> bytes:

@@ -34,7 +34,7 @@ class Pretrained:
         config: of the checkpoint, with the caller's changes.
         model_class: concrete class to build.
         model_args: what is left for its ``from_pretrained``.
-        generation_config: of the checkpoint; None: it has none.
+        generation_config: of the checkpoint; None: the model takes none, or the caller's.
     """
 
     def __init__(
@@ -109,8 +109,13 @@ def load_pretrained(
                 config = config.get_text_config()
         unused.pop("local_files_only", None)
         generation = None
-        if (Path(folder) / "generation_config.json").exists():
-            generation = transformers.GenerationConfig.from_pretrained(folder)
+        if model_class.can_generate() and "generation_config" not in unused:
+            # As from_pretrained does, which here gets no folder: older checkpoints have these settings in config.json.
+            own = (Path(folder) / "generation_config.json").exists()
+            name = "generation_config.json" if own else "config.json"
+            generation = transformers.GenerationConfig.from_pretrained(
+                folder, config_file_name=name, _from_model_config=not own
+            )
     config.name_or_path = config._name_or_path = ""  # noqa: SLF001 - the folder is gone
     return Pretrained(config, model_class, {**load_args, **unused}, generation)
 

@@ -190,7 +190,7 @@ def _build(snapshot: PinnedSnapshot, tensors: list[Stored], wanted: Wanted) -> A
         block_limit=wanted.max_bytes,
     )
     model = architecture.model
-    if pretrained.generation_config is not None and model.can_generate():
+    if pretrained.generation_config is not None:
         model.generation_config = pretrained.generation_config
     for place, buffer in architecture.buffers:
         place.put(buffer.to(wanted.device))

@@ -26,6 +26,8 @@ __all__ = ["download", "snapshot"]
 
 HOME_VARIABLE = "MODELCACHE_HOME"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+_ELSEWHERE = f"name another folder with local_dir= or {HOME_VARIABLE}"
 
 
 def snapshot(
@@ -69,12 +71,12 @@ def snapshot(
         >>> tokenizer = AutoTokenizer.from_pretrained(snapshot("bert-base", allow_patterns=["*.json", "*.txt"]))
     """
     with connect(name, address=address, token_file=token_file, ca_file=ca_file, wait_timeout=wait_timeout) as pinned:
-        folder = Path(local_dir) if local_dir is not None else default_home() / "snapshots" / pinned.digest
+        folder = Path(local_dir).expanduser() if local_dir is not None else default_home() / "snapshots" / pinned.digest
         source = local_volume(pinned, os.environ) or pinned
         files = select_files(pinned.manifest, _listed(allow_patterns), _listed(ignore_patterns))
         if not files:
             raise FileNotInSnapshot(
-                f"No file of {name or pinned.digest[:12]} matches {allow_patterns!r}; "
+                f"No file of {name or pinned.digest[:12]} matches {allow_patterns=!r}, {ignore_patterns=!r}; "
                 f"there are {', '.join(file.path for file in pinned.manifest.files[:8])}."
             )
         for file in files:
@@ -87,8 +89,14 @@ def download(source: Source, file: File, folder: Path, timeout: float) -> Path:
     target = folder / validate_path(file.path)
     if _is_right(target, file):
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, part = tempfile.mkstemp(prefix=f".{target.name[:100]}.", dir=target.parent)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, part = tempfile.mkstemp(prefix=f".{target.name[:100]}.", dir=target.parent)
+    except OSError as error:
+        if error.errno in _FORBIDDEN:
+            says = f"{target.parent} cannot be written: {error.strerror}. Make it writable, or {_ELSEWHERE}"
+            raise OSError(error.errno, says) from error
+        raise
     try:
         with os.fdopen(descriptor, "wb") as out:
             copied = isinstance(source, VolumeSource) and source.copy(file, out.fileno())
@@ -104,7 +112,7 @@ def download(source: Source, file: File, folder: Path, timeout: float) -> Path:
             raise OSError(
                 error.errno,
                 f"{file.path} ({file.size / 2**20:.0f} MiB) does not fit in {target.parent}: {error.strerror}. "
-                f"Make room, or name another folder with local_dir= or {HOME_VARIABLE}",
+                f"Make room, or {_ELSEWHERE}",
             ) from error
         raise
     return target
@@ -113,7 +121,9 @@ def download(source: Source, file: File, folder: Path, timeout: float) -> Path:
 def default_home() -> Path:
     """Where files are kept unless said otherwise."""
     given = os.environ.get(HOME_VARIABLE)
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modelcache"
+    if given:
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modelcache"
 
 
 def _is_right(path: Path, file: File) -> bool:

@@ -85,7 +85,7 @@ class StreamingModel:
         wait_timeout: float = 600.0,
         timeout: float = 120.0,
         subfolder: str = "",
-        variant: str = "",
+        variant: str | None = None,
         **model_args: Any,
     ) -> None:
         check_limits(cache_size, cache_bytes, prefetch_count)
@@ -100,7 +100,7 @@ class StreamingModel:
             ahead=prefetch_count,
             timeout=timeout,
             subfolder=subfolder,
-            variant=variant,
+            variant=variant or "",
             model_args=model_args,
         )
         self._seconds = 0.0

@@ -48,7 +48,7 @@ def load_state_dict(
     token_file: str | os.PathLike[str] | None = None,
     ca_file: str | os.PathLike[str] | None = None,
     subfolder: str = "",
-    variant: str = "",
+    variant: str | None = None,
     progress: bool | None = None,
     connections: int = _CONNECTIONS,
     verify: bool = True,
@@ -82,7 +82,7 @@ def load_state_dict(
     """
     check_connections(connections)
     with connect(name, address=address, token_file=token_file, ca_file=ca_file, wait_timeout=wait_timeout) as pinned:
-        where = {"subfolder": subfolder, "variant": variant}
+        where = {"subfolder": subfolder, "variant": variant or ""}
         bar = _bar(name, progress)
         return _load(pinned, where, name, bar, connections=connections, verify=verify, timeout=timeout)
 
@@ -95,7 +95,7 @@ def from_pretrained(
     token_file: str | os.PathLike[str] | None = None,
     ca_file: str | os.PathLike[str] | None = None,
     subfolder: str = "",
-    variant: str = "",
+    variant: str | None = None,
     progress: bool | None = None,
     wait_timeout: float = 600.0,
     timeout: float = 120.0,
@@ -128,13 +128,13 @@ def from_pretrained(
     check_class(auto_class)
     with connect(name, address=address, token_file=token_file, ca_file=ca_file, wait_timeout=wait_timeout) as pinned:
         pretrained = load_pretrained(pinned, auto_class, model_args, subfolder=subfolder, timeout=timeout)
-        where = {"subfolder": subfolder, "variant": variant}
+        where = {"subfolder": subfolder, "variant": variant or ""}
         state = _load(pinned, where, name, _bar(name, progress), timeout=timeout)
     with without_progress_bar(), for_its_architecture(pretrained.model_class, pretrained.config):
         model: PreTrainedModel = pretrained.model_class.from_pretrained(
             None, config=pretrained.config, state_dict=state, **pretrained.model_args
         )
-    if pretrained.generation_config is not None and model.can_generate():
+    if pretrained.generation_config is not None:
         model.generation_config = pretrained.generation_config
     return model
 

@@ -1,5 +1,6 @@
 """StreamingModel streams any transformers architecture by its module tree, equal bit for bit."""
 
+import json
 import logging
 
 import pytest
@@ -254,6 +255,26 @@ def test_generate_gives_the_same_tokens_and_says_once_what_it_costs(tmp_path, na
         with StreamingModel("x", model_class, cache_size=None, address=server.address) as model:
             model.generate(**inputs, **options)
             assert not [record for record in caplog.records if "each token" in record.message]
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"generation_config": transformers.GenerationConfig(max_length=11, **GENERATING)}]
+)
+@pytest.mark.parametrize("stored", ["config.json", "generation_config.json"])
+def test_generation_settings_are_those_that_transformers_would_take(tmp_path, stored, given):
+    """Those that are given, else the checkpoint's, which older ones have in config.json."""
+    model_class, inputs, _ = make(tmp_path, "gpt2")
+    (tmp_path / "generation_config.json").unlink()
+    config = json.loads((tmp_path / "config.json").read_text())
+    settings = {**GENERATING, "num_beams": 3, "max_length": 14, "no_repeat_ngram_size": 1}
+    (tmp_path / stored).write_text(json.dumps({**config, **settings} if stored == "config.json" else settings))
+    wanted = model_class.from_pretrained(tmp_path, **given).generate(**inputs)
+    assert wanted.shape[1] == (11 if given else 14)
+    with FaultyServer(tmp_path) as server:
+        whole = modelcache.from_pretrained(model_class, "x", address=server.address, **given)
+        assert torch.equal(whole.generate(**inputs), wanted)
+        with StreamingModel("x", model_class, address=server.address, **given) as model:
+            assert torch.equal(model.generate(**inputs), wanted)
 
 
 @pytest.mark.parametrize("given", [lambda model: model, lambda model: model.model], ids=["itself", "its model"])

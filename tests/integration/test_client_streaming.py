@@ -15,7 +15,7 @@ from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
-from transformers import AutoTokenizer, BertModel, pipeline
+from transformers import AutoTokenizer, BertConfig, BertModel, pipeline
 
 import modelcache
 from modelcache import MissingWeights, StreamingBertModel, UnsupportedModel
@@ -135,7 +135,7 @@ def test_a_missing_weight_is_named(serve, name):
 
 
 def test_a_task_head_comes_from_the_checkpoint_or_is_missing(serve, tmp_path):
-    from transformers import BertConfig, BertForSequenceClassification
+    from transformers import BertForSequenceClassification
 
     torch.manual_seed(3)
     BertForSequenceClassification(BertConfig(**TINY, num_labels=5)).save_pretrained(tmp_path / "classifier")
@@ -485,6 +485,9 @@ def test_a_pipeline_of_transformers_takes_a_streamed_model():
         ({"device_map": "auto"}, "write device="),
         ({"quantization_config": {"load_in_8bit": True}}, r"from_pretrained\(\)"),
         ({"trust_remote_code": True}, r"snapshot\(\)"),
+        ({"state_dict": {"a": torch.ones(1)}}, "come from the server"),
+        ({"output_loading_info": True}, "MissingWeights"),
+        ({"gguf_file": "model.gguf"}, r"snapshot\(\)"),
     ],
 )
 def test_an_argument_that_would_be_ignored_is_refused(arguments, says):
@@ -494,11 +497,14 @@ def test_an_argument_that_would_be_ignored_is_refused(arguments, says):
 
 def test_an_argument_that_asks_for_what_is_so_anyway_is_taken(serve):
     server = serve()
-    off = {"trust_remote_code": False, "revision": None, "token": None, "device_map": None}
+    off = {"trust_remote_code": False, "revision": None, "token": None, "device_map": None, "variant": None}
     with StreamingBertModel("x", address=server.address, **off) as model:
         assert_same(model(tokens()), expected(server.folder, tokens()))
     with pytest.raises(TypeError, match="revision="):
         modelcache.from_pretrained("AutoModel", "x", address=server.address, revision="v2")
+    with pytest.raises(TypeError, match="give what differs as arguments"):
+        modelcache.from_pretrained("AutoModel", "x", address=server.address, config=BertConfig())
+    assert modelcache.load_state_dict("x", address=server.address, variant=None)
 
 
 def test_calls_of_the_transformers_model_are_completed(serve):

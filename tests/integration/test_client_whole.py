@@ -229,9 +229,37 @@ def test_what_takes_longer_than_the_timeout_is_read_as_long_as_it_comes(tmp_path
     assert torch.equal(found["one"], safetensors.torch.load_file(folder / "model.safetensors")["one"])
 
 
-def test_patterns_that_match_nothing_are_an_error(server):
-    with pytest.raises(FileNotInSnapshot, match=r"config\.json"):
-        modelcache.snapshot("x", allow_patterns=["*.gguf"], address=server.address)
+@pytest.mark.parametrize("patterns", [{"allow_patterns": ["*.gguf"]}, {"ignore_patterns": "*"}])
+def test_patterns_that_match_nothing_are_an_error(server, patterns):
+    given = "|".join(re.escape(f"{name}={value!r}") for name, value in patterns.items())
+    with pytest.raises(FileNotInSnapshot, match=rf"({given}).* config\.json"):
+        modelcache.snapshot("x", **patterns, address=server.address)
+
+
+def test_a_pattern_that_ends_in_a_slash_is_a_folder_as_for_the_hub(tmp_path):
+    folder = save_bert(tmp_path / "model", BertFiles())
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "model.onnx").write_text("x")
+    with FaultyServer(folder) as server:
+        given = {"address": server.address, "allow_patterns": ["onnx/", "config.json"]}
+        found = modelcache.snapshot("test", **given, local_dir=tmp_path / "all")
+        assert (found / "onnx" / "model.onnx").is_file()
+        found = modelcache.snapshot("test", **given, ignore_patterns="onnx/", local_dir=tmp_path / "some")
+        assert [each.name for each in found.iterdir()] == ["config.json"]
+
+
+def test_a_folder_that_cannot_be_written_is_said_with_what_to_do(server):
+    with pytest.raises(PermissionError, match=r"/sys/files cannot be written: .*local_dir= or MODELCACHE_HOME"):
+        modelcache.snapshot("x", address=server.address, local_dir="/sys/files")
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = modelcache.snapshot("x", address=server.address, local_dir="~/files", allow_patterns="config.json")
+    assert found == tmp_path / "files"
+    monkeypatch.setenv("MODELCACHE_HOME", "~/home")
+    found = modelcache.snapshot("x", address=server.address, allow_patterns="config.json")
+    assert found == tmp_path / "home" / "snapshots" / server.active
 
 
 def test_without_local_dir_files_go_to_the_cache_folder(server, tmp_path, monkeypatch):
