@@ -191,6 +191,7 @@ class ComponentCache:
         """Cancels, and puts every parameter back on meta."""
         self.cancel()
         with self._lock:
+            self._ahead = self.policy.ahead = 0  # Nothing would come, and yet be counted as on its way.
             for name in list(self._loads):
                 self.policy.forget(name)
                 self._drop(name)

@@ -689,4 +689,8 @@ def test_a_model_that_was_cleaned_up_says_so(serve):
     model.cleanup()
     with pytest.raises(modelcache.Cancelled, match="create it anew"):
         model.refresh()
-    assert model.get_cache_info()["cached_components"] == model.get_cache_info()["resident_components"] == []
+    model.cache_size = 2
+    asyncio.run(model.prefetch_next_layers(0))
+    info = model.get_cache_info()
+    assert info["cached_components"] == info["prefetched_components"] == info["resident_components"] == []
+    assert info["memory_usage_mb"] == 0  # It would count in the memory budget of other models.
