@@ -257,7 +257,7 @@ def select_tensors(manifest: Manifest, *, subfolder: str = "", variant: str = ""
     sets = [
         (_preference(each.path, variant), index)
         for index, each in enumerate(manifest.weight_sets)
-        if each.subfolder == subfolder and each.variant == variant
+        if each.subfolder == subfolder.rstrip("/") and each.variant == variant
     ]
     known = sorted((rank, index) for rank, index in sets if rank is not None)
     if not known:

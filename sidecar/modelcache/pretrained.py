@@ -75,7 +75,7 @@ def load_pretrained(
     """
     import transformers  # noqa: PLC0415 - it takes a second, and whoever only wants files does not need it
 
-    prefix = f"{subfolder}/" if subfolder else ""
+    prefix = f"{subfolder.rstrip('/')}/" if subfolder else ""
     if find_file(snapshot.manifest, f"{prefix}adapter_config.json") and not find_file(
         snapshot.manifest, f"{prefix}config.json"
     ):

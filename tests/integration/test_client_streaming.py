@@ -92,6 +92,19 @@ def test_equal_from_shards(serve):
         assert_same(model(tokens()), expected(server.folder, tokens()))
 
 
+@pytest.mark.parametrize("subfolder", ["text/encoder", "text/encoder/"])
+def test_equal_from_a_subfolder_beside_other_weights(serve, tmp_path, subfolder):
+    folder = save_bert(tmp_path / "both", BertFiles())
+    wanted = expected(save_bert(folder / "text/encoder", BertFiles(config=SMALL, seed=3)), tokens())
+    where = {"address": serve(folder=folder).address, "subfolder": subfolder}
+    with StreamingBertModel("x", **where) as model:
+        assert_same(model(tokens()), wanted)
+    with torch.no_grad():
+        assert_same(modelcache.from_pretrained(BertModel, "x", **where)(tokens()), wanted)
+    layers = {name.split(".")[2] for name in modelcache.load_state_dict("x", **where) if ".layer." in name}
+    assert len(layers) == SMALL["num_hidden_layers"]
+
+
 def test_equal_with_padding_types_positions_and_all_outputs(serve):
     server = serve(BertFiles(config=SMALL))
     ids = tokens(4)

@@ -17,8 +17,9 @@ def test_the_generated_parts_are_up_to_date(document):
     assert updated(text) == text, "run: PYTHONPATH=tests python -m support.reference"
 
 
-def test_every_manifest_in_the_reference_is_valid_and_uses_no_unknown_field():
-    blocks = re.findall(r"```yaml\n(.*?)```", (FOLDER / "resource.md").read_text(), re.DOTALL)
+@pytest.mark.parametrize("document", ["resource.md", "../truss.md"])
+def test_every_manifest_in_the_documents_is_valid_and_uses_no_unknown_field(document):
+    blocks = re.findall(r"```yaml\n(.*?)```", (FOLDER / document).read_text(), re.DOTALL)
     assert blocks
     for block in blocks:
         value = yaml.safe_load(block)
