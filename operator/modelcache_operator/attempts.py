@@ -181,6 +181,11 @@ def obstacle(pod: Object, warnings: Mapping[str, Sequence[str]]) -> tuple[str, s
     return None
 
 
+def refused(text: str) -> tuple[str, str]:
+    """(reason, message) where the cluster makes no pod, by what its controller was told."""
+    return "QuotaExceeded" if "exceeded quota" in text else "PodRefused", text
+
+
 def not_ending(pod: Object, now: float) -> tuple[str, str] | None:
     """(reason, message) of a pod that should have ended long ago; no other begins while it may still write."""
     until = parse_time(pod["metadata"].get("deletionTimestamp"))

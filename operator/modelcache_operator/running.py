@@ -111,28 +111,27 @@ def advance(observed: Observed, settings: Settings, actions: Actions, job: JobId
         failure = attempts.failure(last, observed.pods)
         due = attempts.retry_at(last, failure, observed, settings.retry_seconds)
         return Failed(failure, last.finished, due, last, slot)
-    busy = _running(observed, found)
+    pods = attempts.pods_of(last.job, observed.pods)
+    busy = _running(observed, found, pods)
     if busy.is_troubled and attempts.is_made_otherwise(last.job, build(last.number)):
         # it may wait for ever for what has been mended in the spec or the chart since: the next one takes its place
         return _create(observed, actions, slot, build(last.number + 1), last.number + 1, busy.failure)
     actions.look_again(PROGRESS_SECONDS)
     actions.awaited.add(busy.job)
-    pods = attempts.pods_of(last.job, observed.pods)
+    # no trouble that another attempt may take the place of: this one may still write
     stuck = attempts.not_ending(pods[-1], observed.now) if pods else None
     return replace(busy, obstacle=busy.obstacle or stuck)
 
 
-def _running(observed: Observed, found: list[Attempt]) -> Busy:
+def _running(observed: Observed, found: list[Attempt], pods: list[Object]) -> Busy:
     last = found[-1]
-    pods = attempts.pods_of(last.job, observed.pods)
     failure = next((f for pod in reversed(pods) if (f := attempts.pod_failure(pod)) is not None), None)
     if failure is None and len(found) > 1 and found[-2].state == "failed":
         failure = attempts.failure(found[-2], observed.pods)
     obstacle = attempts.obstacle(pods[-1], observed.warnings) if pods else None
     warnings = observed.warnings.get(last.uid) or ()
     if obstacle is None and not pods and warnings:
-        text = warnings[-1]
-        obstacle = ("QuotaExceeded" if "exceeded quota" in text else "PodRefused", text)
+        obstacle = attempts.refused(warnings[-1])
     return Busy(last.number, last.job["metadata"]["name"], failure, obstacle)
 
 

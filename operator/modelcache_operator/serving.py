@@ -108,8 +108,7 @@ def _obstacle(observed: Observed) -> tuple[str, str] | None:
             return found
     for condition in ((observed.deployment or {}).get("status") or {}).get("conditions") or []:
         if condition.get("type") == "ReplicaFailure" and condition.get("status") == "True":
-            text = str(condition.get("message", ""))
-            return "QuotaExceeded" if "exceeded quota" in text else "PodRefused", text
+            return attempts.refused(str(condition.get("message", "")))
     return None
 
 
